@@ -1,0 +1,11 @@
+"""The scorers by name: a literal table, so that `corpusmill --help` and a spell check need no import."""
+
+SCORERS = {
+    "tokens": "scorers.tokens:Tokens",
+    "language": "scorers.quality.language:Language",
+    "gopher": "scorers.quality.gopher:Gopher",
+    "duplicates": "scorers.duplicates.minhash:Duplicates",
+    "fasttext": "scorers.classifiers.fasttext:FastText",
+    "language_model": "scorers.lm.measures:LanguageModel",
+    "color_filter": "scorers.lm.color_filter:ColorFilter",
+}

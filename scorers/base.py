@@ -1,0 +1,196 @@
+"""What a scorer is: a frozen spec that says what would be computed, and the function that it builds.
+
+A spec is the recipe's entry made strict. It imports nothing heavy, pickles, survives JSON, and knows its columns and its
+fingerprint. Three kinds:
+
+    MapSpec      build(device) -> score(RecordBatch of documents) -> RecordBatch    one row per document, same order
+    ColumnsSpec  build() -> score(RecordBatch of other entries' columns) -> RecordBatch      arithmetic, row by row
+    ReduceSpec   reduce(space, extend) over the lake's columns -> rows of a sparse table; no row means the default
+
+The harness (`checked`, and pipelines.score) attaches ids and refuses a wrong row count, schema, NaN or infinity.
+NULL says "cannot be computed". Thresholds are no part of a scorer: they live in rule sets and WHERE clauses.
+"""
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
+
+from storage.errors import RecipeError, SchemaError
+from storage.schema import Column, Kind
+
+Score = Callable[[pa.RecordBatch], pa.RecordBatch]
+
+
+def _beside_recipe(path: str, info: ValidationInfo) -> str:
+    base = (info.context or {}).get("base")
+    return path if base is None else str(Path(base, Path(path).expanduser()))
+
+
+class _Digested:
+    """Marks a field whose file or folder enters the fingerprint by content, not by name."""
+
+
+ModelPath = Annotated[str, AfterValidator(_beside_recipe), _Digested()]
+"""A model's file or folder; a relative path counts from the recipe's folder."""
+
+
+class Spec(BaseModel):
+    """Parameters of one scorer. Subclasses set `scorer: Literal[name] = name` and `version`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    kind: ClassVar[Kind]
+    version: ClassVar[int] = 1
+    """Bumped by hand when the same parameters begin to give other values."""
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Distributions whose version can change a value."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[Column, ...]:
+        """What the score table holds beside doc_id and computed."""
+
+    def problems(self) -> list[str]:
+        """What keeps this spec from running here, one line each with its remedy. Cheap; loads nothing heavy."""
+        return [
+            f"{field}: no file or folder {getattr(self, field)!r}; correct the path"
+            for field in self._digested()
+            if not Path(getattr(self, field)).exists()
+        ]
+
+    def fingerprint(self, *inputs: str) -> str:
+        """32 hex digits over all that can change a value: parameters, version, model contents, libraries, inputs."""
+        from importlib.metadata import version
+
+        parameters = self.model_dump(mode="json")
+        parameters |= {field: digest(parameters[field]) for field in self._digested()}
+        parameters |= {"version": self.version, "libraries": {name: version(name) for name in self.libraries}}
+        parameters["inputs"] = inputs
+        return hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:32]
+
+    @classmethod
+    def _digested(cls) -> list[str]:
+        return [
+            name
+            for name, field in cls.model_fields.items()
+            if any(isinstance(mark, _Digested) for mark in field.metadata)
+        ]
+
+
+class MapSpec(Spec):
+    """A score of each document by itself."""
+
+    kind: ClassVar[Kind] = "map"
+    reads: ClassVar[tuple[str, ...]] = ("text",)
+    """The document columns that the scorer is given (doc_id comes always)."""
+    batch_rows: ClassVar[int] = 1024
+    """Documents per call."""
+    gpu: ClassVar[bool] = False
+    """Whether a worker wants an accelerator where there is one."""
+
+    @abstractmethod
+    def build(self, device: str = "cpu") -> Score:
+        """Load what scoring needs, in the worker, once. `device` is a torch device's name."""
+
+
+class ColumnsSpec(Spec):
+    """Arithmetic over columns of other entries. `inputs` maps a role to "entry" or "entry.column"."""
+
+    kind: ClassVar[Kind] = "columns"
+    inputs: Mapping[str, str]
+
+    @abstractmethod
+    def build(self) -> Score:
+        """The function from a batch whose columns are named by role to the score columns.
+
+        A row with a NULL input or one that was not computed arrives as NULL.
+        """
+
+
+class Space(Protocol):
+    """The database that a reduce works in: its maps as relations by name, `old` when it extends, room to spill."""
+
+    def run(self, sql: str) -> None: ...
+    def read(self, sql: str) -> pa.RecordBatchReader: ...
+
+
+class ReduceSpec(Spec):
+    """A score that needs the whole corpus: clusters, fits. Its table is sparse, sorted by doc_id."""
+
+    kind: ClassVar[Kind] = "reduce"
+    extends: ClassVar[bool] = False
+    """Whether `reduce(space, extend=True)` from the old result and the new rows equals a full run."""
+
+    @abstractmethod
+    def maps(self) -> Mapping[str, MapSpec]:
+        """Aligned tables that are computed first; the reduce reads them by these names."""
+
+    @abstractmethod
+    def defaults(self) -> Mapping[str, str]:
+        """Per column the SQL value of a document without a row (`doc_id` may be named)."""
+
+    @abstractmethod
+    def reduce(self, space: Space, *, extend: bool) -> pa.RecordBatchReader:
+        """Rows (doc_id, columns...) in doc_id order.
+
+        The space holds each map as a relation of its name (doc_id and the map's columns, computed rows only). When
+        `extend`, it also holds `old` (the last result) and, per map, `<name>_new` (the rows that `old` did not see).
+        """
+
+
+def checked(scores: pa.RecordBatch, columns: tuple[Column, ...], rows: int, who: str) -> pa.RecordBatch:
+    """`scores` itself when it keeps the contract; SchemaError names the scorer and what it broke."""
+    if scores.num_rows != rows:
+        raise SchemaError(f"{who}: {scores.num_rows} rows for {rows} documents")
+    expected = pa.schema([pa.field(column.name, column.type) for column in columns])
+    if not scores.schema.equals(expected):
+        raise SchemaError(f"{who}: columns {_names(scores.schema)}, promised {_names(expected)}")
+    for name, values in zip(scores.schema.names, scores.columns, strict=True):
+        flat = values
+        while pa.types.is_list(flat.type) or pa.types.is_large_list(flat.type):
+            flat = flat.flatten()
+        if pa.types.is_floating(flat.type) and not pc.all(pc.is_finite(flat), min_count=0).as_py():
+            raise SchemaError(f"{who}: NaN or infinity in {name!r}; a value that cannot be computed is NULL")
+    return scores
+
+
+def _names(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in schema)
+
+
+def digest(path: str) -> str:
+    """SHA-256 of a model's file, or over the files of its folder in name order. RecipeError when there is none."""
+    target = Path(path)
+    files = sorted(p for p in target.rglob("*") if p.is_file()) if target.is_dir() else [target]
+    if not files or not files[0].exists():
+        raise RecipeError(f"no file or folder {path!r}; correct the path")
+    parts = [f"{p.relative_to(target)} {_file_digest(str(p), p.stat().st_size, p.stat().st_mtime_ns)}" for p in files]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _file_digest(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+__all__ = [
+    "Column",
+    "ColumnsSpec",
+    "Literal",
+    "MapSpec",
+    "ModelPath",
+    "ReduceSpec",
+    "Score",
+    "Space",
+    "Spec",
+    "checked",
+]
