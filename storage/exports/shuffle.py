@@ -53,7 +53,7 @@ class Scattered:
 def shard_count(rows: int, n_bytes: int, shard_bytes: int) -> int:
     """How many shards hold `rows` copies with `n_bytes` of text at about `shard_bytes` each; 0 where nothing is taken.
 
-    Gathering a shard takes about three times `shard_bytes` of memory.
+    Gathering a shard takes about four times `shard_bytes` of memory.
     """
     return max(1, math.ceil(n_bytes / shard_bytes)) if rows else 0
 
@@ -61,7 +61,7 @@ def shard_count(rows: int, n_bytes: int, shard_bytes: int) -> int:
 def scatter(documents: str, mixture: str, out: str, name: str, shards: int, seed: int) -> Scattered:
     """Place the taken copies of one document shard into `<out>/<name>.arrow`; a file that is there is kept.
 
-    Memory: about twice the text of the documents that are taken from this shard, and their part of one export shard.
+    Memory: about three times the text of the documents that are taken from this shard.
 
     Args:
         documents: a shard of `storage.schema.DOCUMENTS`.
