@@ -51,7 +51,7 @@ def load_tokenizer(path: str) -> "Tokenizer":
     if file.suffix == ".json" and file.exists():
         try:
             tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # noqa: BLE001  the Rust library raises the bare class
+        except Exception as error:  # the Rust library raises the bare class
             raise RecipeError(f"{str(file)!r} is no tokenizer: {error}; correct the path") from error
     else:
         tokenizer = load_pretrained(path).backend_tokenizer
@@ -61,7 +61,7 @@ def load_tokenizer(path: str) -> "Tokenizer":
 
 
 def load_pretrained(path: str) -> Any:
-    """The transformers tokenizer of a model's folder or GGUF file, backed by a Rust tokenizer.
+    """The transformers tokenizer of a model's folder or GGUF file; its Rust tokenizer neither pads nor cuts.
 
     RecipeError when there is none at `path`, or one without a Rust form.
     """
@@ -81,6 +81,8 @@ def load_pretrained(path: str) -> Any:
         raise RecipeError(f"no tokenizer in {path!r} ({reason}); name a model's folder or a GGUF file") from error
     if not getattr(tokenizer, "is_fast", False):
         raise RecipeError(f"the tokenizer in {path!r} runs only in Python; convert it to a tokenizer.json")
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
 
 

@@ -1,0 +1,425 @@
+"""Language-model scores: against transformers' own loss, against a computation by hand, and against themselves."""
+
+import json
+import math
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from scorers.lm import forward
+from scorers.lm.forward import CausalLM, token_log_probs, windows
+from scorers.lm.measures import LanguageModel, bits_per_byte, min_k, nats_per_token
+from scorers.lm.tokenizer import load_tokenizer
+from storage.errors import RecipeError, ShardError
+
+SENTENCE = "The miller's water wheel turns slowly, and the naïve 🎉 stones grind 1,234 sacks of barley. "
+TEXTS = ["", "a", "é", "🎉", SENTENCE, SENTENCE[:20], "Ελληνικά", SENTENCE * 4, "to be or not to be", SENTENCE[5:60]]
+POSITIONS = 256
+
+
+@pytest.fixture(scope="module")
+def rust() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([SENTENCE.encode("ascii", "ignore").decode()], trainer)
+    return tokenizer
+
+
+def save(folder: Path, model: Any, rust: Tokenizer, *, bos: bool) -> str:
+    tokenizer = Tokenizer.from_str(rust.to_str())
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+    special = {"bos_token": "<s>", "eos_token": "</s>"} if bos else {}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def llama(rust: Tokenizer) -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=rust.get_vocab_size(),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=POSITIONS,
+            initializer_range=0.3,  # wide, so that what a token predicts depends on what it saw
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def llama_dir(rust: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Relative positions, and a tokenizer that puts a BOS before and an EOS after a text."""
+    return save(tmp_path_factory.mktemp("llama"), llama(rust), rust, bos=True)
+
+
+@pytest.fixture(scope="module")
+def gpt2_dir(rust: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Absolute positions, and a tokenizer without special tokens."""
+    torch.manual_seed(2)
+    config = GPT2Config(
+        vocab_size=rust.get_vocab_size(),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=POSITIONS,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return save(tmp_path_factory.mktemp("gpt2"), GPT2LMHeadModel(config), rust, bos=False)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def model_dir(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(f"{request.param}_dir"))
+
+
+def score(spec: LanguageModel, texts: list[str]) -> dict[str, list[Any]]:
+    batch = pa.record_batch({"doc_id": range(len(texts)), "text": pa.array(texts, pa.large_string())})
+    scores = spec.build()(batch)
+    assert scores.schema == pa.schema([pa.field(c.name, c.type) for c in spec.columns])
+    return scores.to_pydict()
+
+
+def reference(path: str, ids: list[int]) -> np.ndarray:
+    """Log-probabilities of ids[1:] by a bare forward of the full logits."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+    return logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+
+
+ALL = ("nats_per_token", "bits_per_byte", "n_tokens", "min_k")
+
+
+def test_mean_loss_is_transformers_own(model_dir: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(model_dir)(SENTENCE, return_tensors="pt").input_ids
+    ids = ids[:, : -1 if "llama" in model_dir else None]  # the EOS is no part of the text
+    loss = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()(ids, labels=ids).loss.item()
+    scores = score(LanguageModel(model=model_dir, measures=ALL), [SENTENCE])
+    assert scores["nats_per_token"][0] == pytest.approx(loss, rel=1e-5)
+    assert scores["n_tokens"] == [ids.shape[1] - 1]
+
+
+def test_a_text_scores_alone_as_in_any_company(model_dir: str) -> None:
+    spec = LanguageModel(model=model_dir, measures=ALL)
+    together, reversed_ = score(spec, TEXTS), score(spec, TEXTS[::-1])
+    build = spec.build()
+    for number, text in enumerate(TEXTS):
+        alone = build(pa.record_batch({"text": [text]})).to_pylist()[0]
+        for name, value in alone.items():
+            for other in (together[name][number], reversed_[name][-1 - number]):
+                assert other == (value if value is None else pytest.approx(value, rel=1e-4)), (text, name)
+
+
+def test_windows_of_a_long_text_equal_a_computation_by_hand(gpt2_dir: str, llama_dir: str, rust: Tokenizer) -> None:
+    ids = rust.encode(SENTENCE * 4).ids[:41]
+    # no BOS: windows of 16 advance by 8; the first predicts 1..15, each later one its last 8
+    expected = [reference(gpt2_dir, ids[:16])]
+    expected += [reference(gpt2_dir, ids[s : s + 16])[7:] for s in (8, 16, 24)]
+    expected += [reference(gpt2_dir, ids[32:41])[-1:]]
+    text = rust.decode(ids)
+    assert rust.encode(text).ids == ids
+    [found] = CausalLM(gpt2_dir, context=16, bos=None)([text])
+    assert found.log_probs.size == 40
+    np.testing.assert_allclose(found.log_probs, np.concatenate(expected), rtol=1e-4, atol=1e-5)
+    # with a BOS before every window: 15 tokens of text each, advancing by 7
+    expected = [reference(llama_dir, [0, *ids[:15]])]
+    expected += [reference(llama_dir, [0, *ids[s : s + 15]])[8:] for s in (7, 14, 21)]
+    expected += [reference(llama_dir, [0, *ids[28:41]])[8:]]
+    [found] = CausalLM(llama_dir, context=16, bos=None)([text])
+    assert found.log_probs.size == 41
+    np.testing.assert_allclose(found.log_probs, np.concatenate(expected), rtol=1e-4, atol=1e-5)
+
+
+@given(n=st.integers(0, 300), width=st.integers(2, 40), first=st.integers(0, 1))
+def test_each_token_is_predicted_once_with_half_a_window_before_it(n: int, width: int, first: int) -> None:
+    cut = list(windows(0, n, width, first))
+    assert [t for w in cut for t in range(w.first, w.stop)] == list(range(first, n))
+    assert all(0 < w.stop - w.start <= width and w.first < w.stop <= n for w in cut)
+    assert all(w.first - w.start >= width // 2 for w in cut[1:])
+    assert len(cut) <= 1 or n > width
+
+
+def test_what_cannot_be_computed_is_null(gpt2_dir: str, llama_dir: str) -> None:
+    without = score(LanguageModel(model=gpt2_dir, measures=ALL), ["", "a"])
+    assert without == {
+        "nats_per_token": [None, None],
+        "bits_per_byte": [None, None],
+        "n_tokens": [0, 0],
+        "min_k": [None, None],
+    }
+    with_bos = score(LanguageModel(model=llama_dir, measures=ALL), ["", "a"])
+    assert with_bos["n_tokens"] == [0, 1]
+    assert with_bos["nats_per_token"][0] is None
+    assert with_bos["min_k"][1] == pytest.approx(-with_bos["nats_per_token"][1])
+    assert score(LanguageModel(model=llama_dir, measures=ALL), [])["n_tokens"] == []
+
+
+def test_bos_is_the_tokenizers_habit_unless_the_recipe_says_otherwise(llama_dir: str, gpt2_dir: str) -> None:
+    n = {bos: score(LanguageModel(model=llama_dir, measures=ALL, bos=bos), [SENTENCE]) for bos in (None, True, False)}
+    assert n[None] == n[True]
+    assert n[False]["n_tokens"][0] == n[True]["n_tokens"][0] - 1
+    with pytest.raises(RecipeError, match="no BOS token"):
+        CausalLM(gpt2_dir, bos=True)
+
+
+def test_bytes_are_those_of_the_predicted_tokens(gpt2_dir: str, llama_dir: str, rust: Tokenizer) -> None:
+    for text in TEXTS:
+        [tokens] = CausalLM(llama_dir, bos=None).tokenize([text])
+        assert tokens.n_bytes == len(text.encode())
+    first = CausalLM(gpt2_dir, bos=None)
+    assert len(rust.encode("é").ids) == 2  # one character, two tokens: it counts whole with the second
+    assert [first.tokenize([text])[0].n_bytes for text in ("", "a", "aé", "é", "🎉b")] == [0, 0, 2, 2, 5]
+    [found] = first([SENTENCE])
+    assert found.n_bytes == len(SENTENCE.encode()) - len(rust.decode(rust.encode(SENTENCE).ids[:1]))
+    scores = score(LanguageModel(model=gpt2_dir, measures=ALL), [SENTENCE])
+    nats = scores["nats_per_token"][0] * scores["n_tokens"][0]
+    assert scores["bits_per_byte"][0] == pytest.approx(nats / math.log(2) / found.n_bytes, rel=1e-6)
+
+
+def test_worked_example_of_min_k() -> None:
+    logits = torch.tensor([[2, 1, 0, -1], [0.5] * 4, [3, 0, 0, 0], [0, 1, 2, 3], [1, -1, 2, 0]])
+    log_probs = token_log_probs(logits, torch.tensor([0, 3, 1, 3, 0])).numpy()
+    np.testing.assert_allclose(log_probs, [-0.440190, -1.386294, -3.139206, -0.440190, -1.440190], atol=1e-6)
+    for ratio, expected in ((0.2, -3.139206), (0.4, -2.289698), (0.6, -1.988563), (1.0, -1.369214)):
+        assert min_k(log_probs, ratio) == pytest.approx(expected, abs=1e-6)
+    assert min_k(log_probs, 0.1) == pytest.approx(-3.139206, abs=1e-6)  # fewer than 1 / ratio tokens: one is taken
+    assert min_k(np.linspace(-100, -1, 100, dtype=np.float32), 0.29) == -86  # 29 tokens, whatever 0.29 * 100 is
+    assert nats_per_token(log_probs) == pytest.approx(1.369214, abs=1e-6)
+    assert bits_per_byte(log_probs, 10) == pytest.approx(6.846070 / 10 / math.log(2), abs=1e-6)
+    assert bits_per_byte(log_probs, 0) is None
+
+
+def test_logits_that_are_more_than_the_output_embedding(rust: Tokenizer, tmp_path: Path) -> None:
+    """Gemma 2 caps its logits; the shortcut past the model's own head must notice."""
+    torch.manual_seed(3)
+    config = Gemma2Config(
+        vocab_size=rust.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=POSITIONS,
+        final_logit_softcapping=2.0,
+        initializer_range=0.3,
+    )
+    path = save(tmp_path / "gemma", Gemma2ForCausalLM(config), rust, bos=False)
+    [found] = CausalLM(path, bos=None)([SENTENCE])
+    np.testing.assert_allclose(found.log_probs, reference(path, rust.encode(SENTENCE).ids), rtol=1e-4)
+
+
+def test_block_size_does_not_matter(model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = CausalLM(model_dir, bos=None)
+    whole = model([SENTENCE])[0].log_probs
+    monkeypatch.setattr(forward, "BLOCK", 1000)
+    np.testing.assert_allclose(model([SENTENCE])[0].log_probs, whole, rtol=1e-5)
+
+
+def test_out_of_memory_halves_the_batch(gpt2_dir: str) -> None:
+    model = CausalLM(gpt2_dir, bos=None)
+    expected = model(TEXTS)
+
+    def small_device(rows: int) -> Callable[..., None]:
+        def refuse(_: torch.nn.Module, args: Any, kwargs: Any) -> None:
+            if kwargs["input_ids"].shape[0] > rows:
+                raise torch.OutOfMemoryError("out of memory")
+
+        return refuse
+
+    hook = model._model.base_model.register_forward_pre_hook(small_device(1), with_kwargs=True)
+    for found, wanted in zip(model(TEXTS), expected, strict=True):
+        np.testing.assert_allclose(found.log_probs, wanted.log_probs, rtol=1e-4, atol=1e-6)
+    hook.remove()
+    model._model.base_model.register_forward_pre_hook(small_device(0), with_kwargs=True)
+    with pytest.raises(ShardError, match="lower `context`"):
+        model([SENTENCE])
+
+
+def test_bfloat16_is_near_float32(llama_dir: str) -> None:
+    exact, rough = (score(LanguageModel(model=llama_dir, dtype=d), [SENTENCE]) for d in ("float32", "bfloat16"))
+    assert rough != exact
+    assert rough["bits_per_byte"][0] == pytest.approx(exact["bits_per_byte"][0], rel=0.05)
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM, rust: Tokenizer) -> str:
+    """The tiny Llama as llama.cpp's converter would write it: its names, its order of rotary dimensions."""
+    config, weights = model.config, {k: v.numpy() for k, v in model.state_dict().items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([rust.id_to_token(i) for i in range(config.vocab_size)])
+    writer.add_token_types([3, 3] + [1] * (config.vocab_size - 2))
+    writer.add_token_merges([" ".join(pair) for pair in json.loads(rust.to_str())["model"]["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, value in weights.items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            value = value.reshape(heads, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(value))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def test_gguf_equals_safetensors(rust: Tokenizer, llama_dir: str, tmp_path: Path, capfd: Any) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", llama(rust), rust)
+    capfd.readouterr()
+    spec = LanguageModel(model=path, measures=ALL, bos=True)
+    assert spec.problems() == []
+    from_gguf = score(spec, TEXTS)
+    assert capfd.readouterr() == ("", "")  # loading is quiet
+    from_folder = score(LanguageModel(model=str(tmp_path), measures=ALL, bos=True), TEXTS)
+    assert from_gguf == from_folder
+    safetensors = score(LanguageModel(model=llama_dir, measures=ALL), TEXTS)
+    for name in ALL:
+        assert from_gguf[name] == [v if v is None else pytest.approx(v, rel=1e-5) for v in safetensors[name]]
+    assert load_tokenizer(path).encode(SENTENCE).ids == rust.encode(SENTENCE).ids
+    (tmp_path / "second.gguf").write_bytes(b"GGUF")
+    assert "name one of second.gguf, tiny.gguf" in LanguageModel(model=str(tmp_path)).problems()[0]
+
+
+def test_a_model_that_does_not_load_says_why(rust: Tokenizer, llama_dir: str, tmp_path: Path) -> None:
+    def copy(name: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in Path(llama_dir).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        return folder
+
+    bare = copy("bare")
+    weights = load_file(bare / "model.safetensors")
+    (bare / "model.safetensors").unlink()
+    torch.save(weights, bare / "pytorch_model.bin")  # a pickle: never read
+    assert "has no *.safetensors" in LanguageModel(model=str(bare)).problems()[0]
+    with pytest.raises(RecipeError, match="no causal language model"):
+        LanguageModel(model=str(bare)).build()
+
+    partial = copy("partial")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, partial / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RecipeError, match=r"lacks weights.*layers\.1\.mlp\.up_proj"):
+        LanguageModel(model=str(partial)).build()
+
+    cut = copy("cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(RecipeError, match="no causal language model"):
+        LanguageModel(model=str(cut)).build()
+
+    mute = copy("mute")
+    for file in mute.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(RecipeError, match="no tokenizer"):
+        LanguageModel(model=str(mute)).build()
+
+    misfit = copy("misfit")
+    larger = Tokenizer.from_str(rust.to_str())
+    larger.train_from_iterator(
+        [" ".join(f"word{i}" for i in range(900))], trainers.BpeTrainer(vocab_size=900, show_progress=False)
+    )
+    larger.save(str(misfit / "tokenizer.json"))
+    with pytest.raises(RecipeError, match="more tokens than the model"):
+        LanguageModel(model=str(misfit)).build()
+
+    with pytest.raises(RecipeError, match=f"more than the model's {POSITIONS} positions"):
+        LanguageModel(model=llama_dir, context=POSITIONS + 1).build()
+    (tmp_path / "text.gguf").write_text("no model")
+    assert "is no GGUF file" in LanguageModel(model=str(tmp_path / "text.gguf")).problems()[0]
+    assert "no file or folder" in LanguageModel(model=str(tmp_path / "nowhere")).problems()[0]
+    assert "has no config.json" in LanguageModel(model=str(tmp_path / "..")).problems()[0]
+
+
+def test_a_model_that_sees_what_it_predicts_is_refused(rust: Tokenizer, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    config = BertConfig(
+        vocab_size=rust.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+        is_decoder=False,
+    )
+    path = save(tmp_path / "bert", BertLMHeadModel(config), rust, bos=False)
+    with pytest.raises(RecipeError, match="causal"):
+        CausalLM(path, bos=None)
+
+
+def test_the_spec(llama_dir: str, tmp_path: Path) -> None:
+    spec = LanguageModel(model=llama_dir, measures=("min_k", "n_tokens"), min_k=0.1)
+    assert [c.name for c in spec.columns] == ["min_k", "n_tokens"]
+    assert pickle.loads(pickle.dumps(spec)) == spec == LanguageModel.model_validate_json(spec.model_dump_json())
+    assert hash(spec) == hash(pickle.loads(pickle.dumps(spec)))
+    same = spec.fingerprint()
+    assert spec.model_copy().fingerprint() == same
+    for change in ({"min_k": 0.2}, {"dtype": "bfloat16"}, {"context": 16}, {"bos": False}):
+        assert spec.model_copy(update=change).fingerprint() != same
+    for bad in ({"measures": ()}, {"measures": ("min_k", "min_k")}, {"context": 0}, {"min_k": 0.0}, {"k": 1}):
+        with pytest.raises(ValidationError):
+            LanguageModel(model=llama_dir, **bad)
+
+
+def test_the_module_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, scorers.lm.measures, scorers.lm.color_filter; print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
