@@ -1,7 +1,7 @@
 """What a scorer is: a frozen spec that says what would be computed, and the function that it builds.
 
-A spec is the recipe's entry made strict. It imports nothing heavy, pickles, survives JSON, and knows its columns and its
-fingerprint. Three kinds:
+A spec is the recipe's entry made strict. It imports nothing heavy, pickles, survives JSON, and knows its columns and
+its fingerprint. Three kinds:
 
     MapSpec      build(device) -> score(RecordBatch of documents) -> RecordBatch    one row per document, same order
     ColumnsSpec  build() -> score(RecordBatch of other entries' columns) -> RecordBatch      arithmetic, row by row
@@ -21,24 +21,20 @@ from typing import Annotated, ClassVar, Literal, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from storage.errors import RecipeError, SchemaError
+from storage.paths import beside_recipe
 from storage.schema import Column, Kind
 
 Score = Callable[[pa.RecordBatch], pa.RecordBatch]
-
-
-def _beside_recipe(path: str, info: ValidationInfo) -> str:
-    base = (info.context or {}).get("base")
-    return path if base is None else str(Path(base, Path(path).expanduser()))
 
 
 class _Digested:
     """Marks a field whose file or folder enters the fingerprint by content, not by name."""
 
 
-ModelPath = Annotated[str, AfterValidator(_beside_recipe), _Digested()]
+ModelPath = Annotated[str, AfterValidator(beside_recipe), _Digested()]
 """A model's file or folder; a relative path counts from the recipe's folder."""
 
 

@@ -5,8 +5,8 @@
     LAKE/data/main/...    Parquet: our shards and DuckLake's own small files
     LAKE/locks/           one file per table that a run writes, held by flock
 
-Why each option of `attach`: without WAL an open reader makes a writer's commit fail; with inlining, quotes inside STRUCT
-strings were lost. DuckLake's own merge, rewrite, clean-up and inlining calls are never used: they break the alignment
+Why each option of `attach`: without WAL an open reader makes a writer's commit fail; with inlining, quotes inside
+STRUCT strings were lost. DuckLake's own merge, rewrite, clean-up and inlining calls are never used: they break the alignment
 of shards, or delete files that are live.
 """
 
@@ -17,7 +17,7 @@ import socket
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
@@ -125,10 +125,8 @@ def _turn(folder: Path) -> Iterator[None]:
 
 
 def _rollback(con: duckdb.DuckDBPyConnection) -> None:
-    try:
+    with suppress(duckdb.TransactionException):  # a failed COMMIT has ended the transaction already
         con.execute("ROLLBACK")
-    except duckdb.TransactionException:
-        pass  # the failed COMMIT has ended the transaction already
 
 
 def _may_pass(error: duckdb.Error) -> bool:

@@ -79,7 +79,8 @@ class Lake:
         folder = Path(path).resolve()
         catalog.create(folder, catalog_url)
         lake = cls(folder)
-        lake.commit(lambda: [lake._run(f"CREATE TABLE IF NOT EXISTS lake.main.{t} ({c})") for t, c in BOOKS.items()])
+        books = ";".join(f"CREATE TABLE IF NOT EXISTS lake.main.{book} ({columns})" for book, columns in BOOKS.items())
+        lake.commit(lambda: lake._run(books))
         return lake
 
     def close(self) -> None:
@@ -192,7 +193,7 @@ class Lake:
         files = list(written)
 
         def change() -> None:
-            for file, made_from in files:
+            for file, _ in files:
                 known = self.rows(
                     'SELECT path FROM lake.main.shards WHERE "table" = ? AND shard = ?', [file.table, file.shard]
                 )

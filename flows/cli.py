@@ -1,0 +1,147 @@
+"""The command line: verbs over a recipe and a lake. What to compute is the recipe's; a flag says where and how to run.
+
+Exit status: 0 done; 1 some shards failed (the others are done); 2 the recipe, the query or the place is wrong.
+Nothing heavy is imported before a verb needs it.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from pipelines.execute import Executor
+    from pipelines.graph import Graph
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Curate corpora for language-model pretraining: documents in a lake, scores, mixtures, exports.",
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a TOML file.")]
+LakeOption = Annotated[Path, typer.Option("--lake", metavar="DIR", help="The lake's folder.")]
+Workers = Annotated[
+    int, typer.Option("--workers", min=0, help="Worker processes on Ray; 0 runs everything in this process.")
+]
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    lake: Annotated[Path | None, typer.Option("--lake", metavar="DIR", help="The lake's folder.")] = None,
+    sample: Annotated[
+        float | None,
+        typer.Option("--sample", min=0.0, max=1.0, help="Run the stages on this fraction, and estimate the whole."),
+    ] = None,
+    workers: Workers = 0,
+) -> None:
+    """Check a recipe before any work, and print the plan: what is reused, what is computed."""
+    from pipelines.check import plan, trial
+
+    graph = _graph(recipe)
+    for line in plan(graph, lake):
+        typer.echo(line)
+    if sample is not None:
+        with _executor(workers) as executor:
+            for line in trial(graph, sample, executor):
+                typer.echo(line)
+
+
+@app.command()
+def run(recipe: RecipeArgument, lake: LakeOption, workers: Workers = CPUS) -> None:
+    """Do all that the recipe says, as one Prefect flow: ingest, score, weigh, mix, export."""
+    graph = _graph(recipe)
+    from flows.curate import curate
+
+    curate(recipe=graph.recipe, lake=str(lake), workers=workers)
+
+
+def _stage(stages: tuple[str, ...], help: str) -> Callable[..., None]:
+    def stage(
+        recipe: RecipeArgument,
+        lake: LakeOption,
+        entries: Annotated[
+            list[str] | None, typer.Argument(metavar="[ENTRY]...", help="Only these entries; all when left out.")
+        ] = None,
+        workers: Workers = CPUS,
+    ) -> None:
+        from flows.curate import work
+
+        graph = _graph(recipe)
+        with _executor(workers) as executor:
+            work(graph, lake, executor, stages=stages, entries=entries or ())
+
+    stage.__doc__ = help
+    return stage
+
+
+app.command("ingest")(_stage(("ingest",), "Read the sources into documents and rejects."))
+app.command("score")(_stage(("score",), "Compute score entries, and what they need."))
+app.command("weigh")(_stage(("weigh",), "Compute the weights of groups."))
+app.command("mix")(_stage(("weigh", "mix"), "Choose the documents of the mixtures."))
+app.command("export")(_stage(("export",), "Write mixtures as files for a trainer."))
+
+
+@app.command()
+def query(
+    sql: Annotated[str, typer.Argument(metavar="SQL", help="One SELECT; see `status` for the names.")],
+    lake: LakeOption,
+    format: Annotated[Literal["table", "csv", "json"], typer.Option(help="How to print the answer.")] = "table",
+    recipe: Annotated[str | None, typer.Option(help="Whose names; by default the recipe that ran last.")] = None,
+) -> None:
+    """Ask the lake anything, read-only, also while a flow runs."""
+    from flows.show import show
+    from storage.lake import Lake
+
+    show(Lake(lake).query_batches(sql, recipe), format)
+
+
+@app.command()
+def status(lake: LakeOption) -> None:
+    """Show the tables of the last recipe with shards done and to do, and its last runs."""
+    from pipelines.check import standing
+
+    for line in standing(lake):
+        typer.echo(line)
+
+
+def _graph(recipe: Path) -> "Graph":
+    from pipelines.graph import Graph
+    from pipelines.recipe import Recipe
+
+    # A scorer of the user's own may lie beside the recipe.
+    sys.path.insert(0, str(recipe.resolve().parent))
+    return Graph(Recipe.load(recipe))
+
+
+def _executor(workers: int) -> "AbstractContextManager[Executor]":
+    from flows.curate import executor
+
+    return executor(workers)
+
+
+def main() -> None:
+    """Entry point of `corpusmill`."""
+    from storage.errors import CorpusmillError, LockedError, RecipeError
+
+    try:
+        app()
+    except (RecipeError, LockedError) as error:
+        typer.echo("\n".join(f"error: {line}" for line in str(error).splitlines()), err=True)
+        sys.exit(2)
+    except CorpusmillError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""How an answer is printed: a table for eyes, CSV or JSON lines for programs."""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SHOWN_ROWS = 1000
+SHOWN_WIDTH = 80
+
+
+def show(answer: "pa.RecordBatchReader", format: str) -> None:
+    """Print the answer; CSV and JSON (an object per line) stream, a table stops after 1,000 rows and says so."""
+    if format == "csv":
+        import pyarrow.csv as csv
+
+        with csv.CSVWriter(sys.stdout.buffer, answer.schema) as writer:
+            for batch in answer:
+                writer.write_batch(batch)
+    elif format == "json":
+        import orjson
+
+        for batch in answer:
+            for row in batch.to_pylist():
+                sys.stdout.buffer.write(orjson.dumps(row, default=str, option=orjson.OPT_APPEND_NEWLINE))
+    else:
+        _table(answer)
+
+
+def _table(answer: "pa.RecordBatchReader") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for field in answer.schema:
+        number = field.type in _numbers()
+        table.add_column(field.name, justify="right" if number else "left", overflow="fold", no_wrap=False)
+    rows = 0
+    more = False
+    for batch in answer:
+        for row in batch.to_pylist():
+            if rows == SHOWN_ROWS:
+                more = True
+                break
+            table.add_row(*(escape(_text(value)) for value in row.values()))
+            rows += 1
+        if more:
+            break
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console.print(table)
+    console.print(f"{rows} rows" + (", and more: use --format csv or json, or LIMIT" if more else ""))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "NULL"
+    text = f"{value:,.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+    text = " ".join(text.split()) if "\n" in text else text
+    return text if len(text) <= SHOWN_WIDTH else text[: SHOWN_WIDTH - 1] + "…"
+
+
+def _numbers() -> set[Any]:
+    import pyarrow as pa
+
+    return {pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint64(), pa.float32(), pa.float64()}

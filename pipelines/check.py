@@ -1,0 +1,133 @@
+"""What a run would do, what has been done, and what a sample says about the whole."""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines.execute import Executor, Serial
+from pipelines.graph import Graph
+from pipelines.ingest import missing
+from pipelines.recipe import Recipe
+from pipelines.run import Run, perform, recorded, steps
+from pipelines.score import todo
+from storage.lake import Lake
+from storage.sources import list_files
+
+
+def plan(graph: Graph, folder: Path | None) -> Iterator[str]:
+    """One line per step, in order. Raises RecipeError where a source has no files."""
+    run = None
+    if folder is not None and (folder / "lake.toml").exists():
+        run = Run(Lake(folder), graph, Serial())
+    try:
+        yield f"recipe {graph.recipe.name}: " + ("no lake yet, all is to do" if run is None else f"lake {folder}")
+        for source in graph.recipe.sources:
+            files = list_files(source)
+            yield f"  source   {source.name:<20} {len(files):>8,} files  {sum(f.size for f in files) / 1e6:>12,.1f} MB"
+        if run is not None:
+            run.refresh()
+            yield f"  ingest   {graph.documents:<30} {_ingested(run)}"
+        for entry in graph.scored:
+            yield f"  {entry.kind:<8} {entry.table:<30} {_scored(run, entry.name)}" + _because(graph, entry.name)
+        for name in graph.recipe.rules:
+            yield f"  rules    {name:<30} a view over {graph.entries[name].signals}"
+        for name in graph.recipe.weights:
+            yield f"  weights  {name}"
+        for name in graph.recipe.mixtures:
+            yield f"  mixture  {graph.mixture_table(name)}"
+        for name, export in graph.recipe.exports.items():
+            yield f"  export   {name:<30} {export.mixture} as {export.format}"
+    finally:
+        if run is not None:
+            run.lake.close()
+
+
+def _ingested(run: Run) -> str:
+    documents, groups = run.documents(), missing(run.lake, run.graph)
+    rows = sum(shard.rows for shard in documents.values())
+    return f"{rows:,} documents in {len(documents)} shards there; {len(groups)} groups of known files to read"
+
+
+def _scored(run: Run | None, name: str) -> str:
+    if run is None:
+        return "to compute"
+    entry, documents = run.graph.entries[name], run.documents()
+    if entry.kind == "reduce":
+        old = run.lake.shards(entry.table).get("all")
+        return "reused" if old is not None and old.input == run.states[name] else "to compute"
+    try:
+        left = todo(run, entry)
+    except KeyError:  # a table that `where` reads is not complete yet
+        return "to compute, when what it reads is there"
+    rows = sum(item.rows for item in left)
+    return f"{len(documents) - len(left)} shards reused, {len(left)} to do ({rows:,} documents)"
+
+
+def _because(graph: Graph, name: str) -> str:
+    where = graph.entries[name].where
+    return f"  where {where.sql}" if where else ""
+
+
+def standing(folder: Path) -> Iterator[str]:
+    """The last recipe's tables with shards done and to do, and the last runs."""
+    lake = Lake(folder)
+    try:
+        last = lake.rows("SELECT resolved FROM lake.main.runs ORDER BY started DESC LIMIT 1")
+        if not last:
+            yield "nothing has run on this lake yet"
+            return
+        run = Run(lake, Graph(Recipe.of(json.loads(last[0][0]))), Serial())
+        run.refresh()
+        yield f"recipe {run.graph.recipe.name}"
+        yield f"  documents            {_ingested(run)}"
+        for entry in run.graph.scored:
+            yield f"  {entry.name:<20} {_scored(run, entry.name)}"
+        for name, made in lake.rows(
+            "SELECT name, made_at FROM lake.main.mixtures WHERE recipe = ? AND \"table\" <> ''", [run.graph.recipe.name]
+        ):
+            yield f"  mixture {name:<12} made {made:%Y-%m-%d %H:%M}"
+        yield "runs"
+        query = "SELECT run, recipe, state, started, ended - started FROM lake.main.runs ORDER BY started DESC LIMIT 10"
+        for row in lake.rows(query):
+            state = "killed, or still running" if row[2] == "running" else row[2]
+            yield f"  {row[0]}  {row[1]:<16} {row[3]:%Y-%m-%d %H:%M}  {state}  {row[4] or ''}"
+    finally:
+        lake.close()
+
+
+def trial(graph: Graph, fraction: float, executor: Executor) -> Iterator[str]:
+    """Run the stages on a sample in a lake of its own; print rates, an estimate, and what rules would drop.
+
+    A smaller sample is part of a larger one: files come in an order that hangs on their names and the seed.
+    """
+    with tempfile.TemporaryDirectory(prefix="corpusmill-") as folder:
+        lake = Lake.create(folder)
+        run = Run(lake, graph, executor, sample=fraction)
+        whole = sum(file.size for source in graph.recipe.sources for file in list_files(source))
+        estimate = 0.0
+        with recorded(run):
+            for step in steps(graph, ("ingest", "score", "weigh", "mix")):
+                begun = time.monotonic()
+                perform(run, step)
+                seconds = time.monotonic() - begun
+                if step.name == "ingest":
+                    (read,) = lake.rows("SELECT sum(size) FROM lake.main.files WHERE active")[0]
+                    documents = sum(shard.rows for shard in run.documents().values())
+                    factor = whole / max(1, read)
+                    yield f"sample: {documents:,} documents, 1 / {factor:,.1f} of the input"
+                estimate += seconds * factor
+                yield f"  {step.name:<28} {documents / max(seconds, 1e-9):>10,.0f} documents/s {seconds:>8.1f} s"
+        yield f"the whole would take about {estimate / 60:,.1f} minutes here"
+        for name in graph.recipe.rules:
+            for reason, count in (
+                lake.query(
+                    f"SELECT coalesce({name}.reason, 'kept') AS reason, count(*) AS n FROM corpus GROUP BY 1 ORDER BY 2 DESC",
+                    graph.recipe.name,
+                )
+                .to_pydict()
+                .items()
+            ):
+                yield f"  {name}: {reason} {count}"
+        lake.close()

@@ -1,0 +1,481 @@
+"""The recipe compiled: entries in the order in which they run, their SQL checked, their fingerprints and tables known.
+
+One fingerprint rule for all: a table is named `<entry>__<fingerprint8>`, and the fingerprint covers what can change a
+value (parameters, version, model contents, the tables that are read). `where` is coverage and is not in it; it is in
+the entry's *key*, which says what a shard's rows were wanted for:
+
+    key = hash(fingerprint, where, keys of what `where` names)        a shard is present when its input has this key
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from pipelines.recipe import Mixture, Recipe, RuleSet, Selection, Weights
+from scorers.base import ColumnsSpec, ReduceSpec, Spec
+from storage.errors import QueryError, RecipeError
+from storage.schema import DOCUMENTS, Column, score_schema
+from storage.sql import Expression, Scope, check_expression, check_order, nearest
+
+ADOPTED = {"double": pa.float64(), "bigint": pa.int64(), "boolean": pa.bool_(), "varchar": pa.string()}
+RULES = Path(__file__).parent / "rules"
+Kind = Literal["map", "columns", "reduce", "rules", "adopted"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A score entry or rule set as it will run.
+
+    Attributes:
+        reads: names of the entries that must run before it.
+        verdict: of a rule set, the expression that gives the first failing reason, or NULL.
+    """
+
+    name: str
+    kind: Kind
+    columns: tuple[Column, ...]
+    spec: Spec | None = None
+    where: Expression | None = None
+    signals: str = ""
+    verdict: Expression | None = None
+    maps: Mapping[str, str] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
+    fingerprint: str = ""
+
+    @property
+    def table(self) -> str:
+        """The physical table; a rule set has none."""
+        return f"{self.name}__{self.fingerprint[:8]}"
+
+    @property
+    def schema(self) -> pa.Schema:
+        return score_schema(self.columns, sparse=self.kind == "reduce")
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A selection with its expressions checked. `best` and `prefer` carry True where the high end is good."""
+
+    tokens: Expression
+    group: Expression
+    where: Expression | None
+    unscored: str
+    best: tuple[tuple[Expression, bool, float], ...]
+    one_per: Expression | None
+    prefer: tuple[Expression, bool] | None
+    holdout: float
+    copies: Expression | None = None
+
+    @property
+    def references(self) -> set[tuple[str | None, str]]:
+        parts = [self.tokens, self.group, self.where, self.one_per, self.copies, *(b[0] for b in self.best)]
+        if self.prefer:
+            parts.append(self.prefer[0])
+        return {reference for part in parts if part for reference in part.references}
+
+
+class Graph:
+    """A checked recipe. Making one raises RecipeError with every problem that can be known before any work."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self._problems: list[str] = [*recipe.ingest.problems()]
+        self.documents_fingerprint = recipe.ingest.fingerprint()
+        self.documents = f"documents__{self.documents_fingerprint[:8]}"
+        self.rejects = f"rejects__{self.documents_fingerprint[:8]}"
+        self.sources = tuple(sorted(source.name for source in recipe.sources))
+        self.entries: dict[str, Entry] = {}
+        self.selections: dict[str, Selected] = {}
+        self._declare()
+        self.scope = Scope(
+            documents=tuple(DOCUMENTS.names),
+            entries={entry.name: ["computed", *(c.name for c in entry.columns)] for entry in self.entries.values()},
+        )
+        self._compile_wheres()
+        self._sort()
+        self._compile_selections()
+        if self._problems:
+            raise RecipeError(*self._problems)
+
+    # -- compiling ---------------------------------------------------------------------------------------------
+
+    def _declare(self) -> None:
+        adopted: dict[str, str] = {}
+        for source in self.recipe.sources:
+            for name, type_ in source.adopted.items():
+                if adopted.setdefault(name, type_) != type_:
+                    self._problems.append(f"sources.{source.name}.adopt.{name}: {type_}, but {adopted[name]} elsewhere")
+        if adopted:
+            columns = tuple(
+                Column(name, ADOPTED[type_], "came with the source") for name, type_ in sorted(adopted.items())
+            )
+            text = json.dumps([self.documents_fingerprint, sorted(adopted.items())])
+            self._add(Entry("adopted", "adopted", columns, fingerprint=_hash(text)))
+        for name, score in self.recipe.scores.items():
+            self._problems += [f"scores.{name}: {problem}" for problem in score.spec.problems()]
+            entry = Entry(name, score.spec.kind, score.spec.columns, score.spec)
+            if isinstance(score.spec, ReduceSpec):
+                maps = {part: f"{name}_{part}" for part in score.spec.maps()}
+                for part, spec in score.spec.maps().items():
+                    if maps[part] in self.recipe.scores:
+                        self._problems.append(f"scores.{maps[part]}: the name is taken by a part of scores.{name}")
+                    self._add(Entry(maps[part], "map", spec.columns, spec))
+                entry = replace(entry, maps=maps)
+            self._add(entry)
+        for name in self.recipe.rules:
+            self._add(Entry(name, "rules", (Column("keep", pa.bool_(), ""), Column("reason", pa.string(), ""))))
+
+    def _add(self, entry: Entry) -> None:
+        self.entries[entry.name] = entry
+
+    def _compile_wheres(self) -> None:
+        for name, score in self.recipe.scores.items():
+            entry = self.entries[name]
+            reads: set[str] = set(entry.maps.values())
+            if isinstance(score.spec, ColumnsSpec):
+                reads |= {entry_name for entry_name, _ in self._inputs(name, score.spec)}
+            if score.where is not None:
+                where = self._expression(f"scores.{name}.where", score.where)
+                if where:
+                    reads |= {reference for reference, _ in where.references if reference}
+                    self.entries[name] = replace(entry, where=where)
+                    # The parts of a reduce are computed for the same documents.
+                    for part in entry.maps.values():
+                        self.entries[part] = replace(
+                            self.entries[part], where=where, reads=tuple(sorted(reads - set(entry.maps.values())))
+                        )
+            self.entries[name] = replace(self.entries[name], reads=tuple(sorted(reads)))
+        for name, rules in self.recipe.rules.items():
+            try:
+                signals, verdict = self._rules(name, rules)
+            except RecipeError as error:
+                self._problems += [f"rules.{name}: {problem}" for problem in error.problems]
+            else:
+                reads = {reference for reference, _ in verdict.references if reference} | {signals}
+                self.entries[name] = replace(
+                    self.entries[name], signals=signals, verdict=verdict, reads=tuple(sorted(reads))
+                )
+
+    def _inputs(self, name: str, spec: ColumnsSpec) -> Iterator[tuple[str, str]]:
+        """(entry, column) of each input; a bare entry name means its only column."""
+        for role, reference in spec.inputs.items():
+            entry, _, column = reference.partition(".")
+            known = self.scope.entries.get(entry)
+            if known is None or (column and column not in known) or (not column and len(known) != 2):
+                names = [f"{e}.{c}" for e, columns in self.scope.entries.items() for c in columns]
+                self._problems.append(
+                    f"scores.{name}.inputs.{role}: no column {reference!r}{nearest(reference, names)}"
+                )
+            else:
+                yield entry, column or next(c for c in known if c != "computed")
+
+    def inputs(self, entry: Entry) -> dict[str, tuple[str, str]]:
+        """Per role of a columns entry the (entry, column) that it reads."""
+        assert isinstance(entry.spec, ColumnsSpec)
+        return dict(zip(entry.spec.inputs, self._inputs(entry.name, entry.spec), strict=True))
+
+    def _rules(self, name: str, rules: RuleSet) -> tuple[str, Expression]:
+        path = Path(rules.rules) if rules.rules.endswith(".sql") else RULES / f"{rules.rules}.sql"
+        if not path.exists():
+            known = sorted(p.stem for p in RULES.glob("*.sql"))
+            raise RecipeError(f"rules: no rule set {rules.rules!r}{nearest(rules.rules, known)}; there are {known}")
+        text = path.read_text(encoding="utf-8")
+        defaults = {m[1]: m[2].strip() for m in re.finditer(r"^-- \$(\w+) = (.+?)(?: -- .*)?$", text, re.M)}
+        unknown = [
+            f"{key}: no such threshold{nearest(key, defaults)}" for key in rules.thresholds if key not in defaults
+        ]
+        if unknown:
+            raise RecipeError(*unknown)
+        scorer = re.search(r"^-- signals: (\w+)", text, re.M)
+        signals = rules.signals or self._signals(scorer[1] if scorer else "")
+        body = re.sub(r"--.*$", "", text, flags=re.M).strip().rstrip(";")
+        body = re.sub(r"^SELECT\b(.*)\bAS\s+reason$", r"\1", body, flags=re.S | re.I).strip()
+        values = {key: _literal(value) for key, value in rules.thresholds.items()}
+        body = re.sub(r"\$(\w+)", lambda match: values.get(match[1], defaults.get(match[1], match[0])), body)
+        body = re.sub(r"\bs\.(?=\w)", f"{signals}.", body)
+        return signals, check_expression(body, self.scope)
+
+    def _signals(self, scorer: str) -> str:
+        found = [name for name, score in self.recipe.scores.items() if getattr(score.spec, "scorer", "") == scorer]
+        if len(found) != 1:
+            have = f"{len(found)} entries have" if found else "no entry has"
+            raise RecipeError(f'signals: {have} scorer = "{scorer}"; say which with signals = "ENTRY"')
+        return found[0]
+
+    def _sort(self) -> None:
+        try:
+            order = list(TopologicalSorter({e.name: e.reads for e in self.entries.values()}).static_order())
+        except CycleError as error:
+            circle = " -> ".join(error.args[1])
+            raise RecipeError(*self._problems, f"scores: these wait for each other: {circle}") from None
+        entries, self.entries = self.entries, {}
+        for name in order:
+            entry = entries[name]
+            if entry.spec is not None and not self._problems:
+                entry = replace(entry, fingerprint=self._fingerprint(entry))
+            self.entries[name] = entry
+
+    def _fingerprint(self, entry: Entry) -> str:
+        assert entry.spec is not None
+        inputs = [self.documents_fingerprint]
+        if isinstance(entry.spec, ColumnsSpec):
+            inputs = [self.entries[name].fingerprint for name, _ in self._inputs(entry.name, entry.spec)]
+        elif isinstance(entry.spec, ReduceSpec):
+            # A reduce speaks of the corpus that it saw, so the sources are part of its name.
+            inputs = [*self.sources, *(self.entries[part].fingerprint for part in entry.maps.values())]
+            inputs += [self._where_key(entry, {})]
+        return entry.spec.fingerprint(*inputs)
+
+    def _compile_selections(self) -> None:
+        for table, selections in (("weights", self.recipe.weights), ("mixtures", self.recipe.mixtures)):
+            for name, selection in selections.items():
+                place = f"{table}.{name}"
+                if isinstance(selection, Weights):
+                    self._problems += [f"{place}.{problem}" for problem in selection.problems()]
+                    if selection.method == "given":
+                        continue
+                else:
+                    self._check_mixture(place, selection)
+                compiled = self._selection(place, selection)
+                if compiled:
+                    self.selections[name] = compiled
+        for name, export in self.recipe.exports.items():
+            if export.mixture not in self.recipe.mixtures:
+                there = nearest(export.mixture, self.recipe.mixtures)
+                self._problems.append(f"exports.{name}.mixture: no mixture {export.mixture!r}{there}")
+
+    def _check_mixture(self, place: str, mixture: Mixture) -> None:
+        if mixture.weights is not None:
+            weights = self.recipe.weights.get(mixture.weights)
+            if weights is None:
+                there = nearest(mixture.weights, self.recipe.weights)
+                self._problems.append(f"{place}.weights: no entry [weights.{mixture.weights}]{there}")
+            elif weights.method != "given" and weights.group_by != mixture.group_by:
+                self._problems.append(
+                    f"{place}.group_by: {mixture.group_by!r}, but weights.{mixture.weights} weighs "
+                    f"{weights.group_by!r}; make them equal"
+                )
+        if mixture.copies is not None and (mixture.weights is not None or "max_epochs" in mixture.model_fields_set):
+            self._problems.append(f"{place}.copies: replaces weights and max_epochs; leave those out")
+        if mixture.weights is not None and mixture.budget_tokens is None:
+            self._problems.append(f"{place}.budget_tokens: weights are shares of a budget; say how many tokens")
+
+    def _selection(self, place: str, selection: Selection) -> Selected | None:
+        tokens = self._expression(f"{place}.tokens", selection.tokens)
+        group = self._expression(f"{place}.group_by", selection.group_by)
+        where = self._expression(f"{place}.where", selection.where) if selection.where is not None else None
+        one_per = self._expression(f"{place}.one_per", selection.one_per) if selection.one_per else None
+        copies = getattr(selection, "copies", None)
+        curve = self._expression(f"{place}.copies", copies) if copies else None
+        best = []
+        for column, fraction in selection.best.items():
+            ordered = self._order(f"{place}.best", column)
+            if ordered:
+                best.append((*ordered, fraction))
+        prefer = self._order(f"{place}.prefer", selection.prefer) if selection.prefer else None
+        if selection.prefer and not selection.one_per:
+            self._problems.append(f"{place}.prefer: chooses within a cluster; say which with one_per")
+        if tokens is None or group is None:
+            return None
+        return Selected(
+            tokens, group, where, selection.unscored, tuple(best), one_per, prefer, selection.holdout, curve
+        )
+
+    def _expression(self, place: str, text: str) -> Expression | None:
+        try:
+            expression = check_expression(text, self.scope)
+        except QueryError as error:
+            self._problems += [f"{place}: {problem}" for problem in error.problems]
+            return None
+        for name in expression.null_tests:
+            if self.partial(name):
+                self._problems.append(
+                    f"{place}: tests {name} for NULL, and a document that {name} left out looks the same; "
+                    f"use {name}.computed"
+                )
+        return expression
+
+    def _order(self, place: str, text: str) -> tuple[Expression, bool] | None:
+        try:
+            expression, descending = check_order(text, self.scope)
+        except QueryError as error:
+            self._problems += [f"{place}: {problem}" for problem in error.problems]
+            return None
+        if descending is None:
+            descending = self._direction(expression)
+        if descending is None:
+            self._problems.append(f"{place}: {text!r} does not know which end is good; write {text} ASC or {text} DESC")
+            return None
+        return expression, descending
+
+    def _direction(self, expression: Expression) -> bool | None:
+        entry, column = plain_column(expression)
+        columns = self.entries[entry].columns if entry else ()
+        return next((c.higher_is_better for c in columns if c.name == column), None)
+
+    def partial(self, name: str) -> bool:
+        """Whether the entry may leave documents uncomputed by intent."""
+        entry = self.entries[name]
+        score = self.recipe.scores.get(name)
+        if entry.kind == "rules":
+            return any(self.partial(read) for read in entry.reads)
+        return entry.kind == "adopted" or (score is not None and score.where is not None)
+
+    # -- keys --------------------------------------------------------------------------------------------------
+
+    def key(self, name: str, states: Mapping[str, str]) -> str:
+        """What the entry's rows are wanted for, now.
+
+        Args:
+            states: per reduce entry the digest of what it was computed from.
+        """
+        entry = self.entries[name]
+        if entry.kind == "rules":
+            assert entry.verdict is not None
+            return _hash(json.dumps([entry.verdict.sql, *(self.key(read, states) for read in entry.reads)]))
+        state = states.get(name, "") if entry.kind == "reduce" else ""
+        inputs = [self.key(read, states) for read in entry.reads] if entry.kind == "columns" else []
+        return _hash(json.dumps([entry.fingerprint, self._where_key(entry, states), state, inputs]))
+
+    def _where_key(self, entry: Entry, states: Mapping[str, str]) -> str:
+        if entry.where is None:
+            return ""
+        named = sorted({reference for reference, _ in entry.where.references if reference})
+        return _hash(json.dumps([entry.where.sql, *(self.key(name, states) for name in named)]))
+
+    # -- tables ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def scored(self) -> list[Entry]:
+        """Entries with a table of scores to compute, in order."""
+        return [entry for entry in self.entries.values() if entry.kind in ("map", "columns", "reduce")]
+
+    def upstream(self, names: Iterable[str]) -> set[str]:
+        """The names, and every entry that they read, directly or not."""
+        found: set[str] = set()
+        todo = list(names)
+        while todo:
+            name = todo.pop()
+            if name not in found:
+                found.add(name)
+                todo += self.entries[name].reads if name in self.entries else ()
+        return found
+
+    def mixture_table(self, name: str) -> str:
+        """The physical table of a mixture: by recipe, sources and the mixture's own definition."""
+        mixture = self.recipe.mixtures[name]
+        weights = self.recipe.weights[mixture.weights] if mixture.weights else None
+        parts: list[Any] = [self.recipe.name, *self.sources, self.documents_fingerprint, mixture.model_dump(mode="json")]
+        parts += [self.seed(name), weights.model_dump(mode="json") if weights else None]
+        return f"{name}__{_hash(json.dumps(parts))[:8]}"
+
+    def seed(self, mixture: str) -> int:
+        seed = self.recipe.mixtures[mixture].seed
+        return self.recipe.seed if seed is None else seed
+
+
+def plain_column(expression: Expression) -> tuple[str, str]:
+    """(entry, column) where the expression is nothing but a score column, else ("", "")."""
+    if len(expression.references) == 1:
+        entry, column = expression.references[0]
+        if entry and expression.sql.strip("() \n").lower() == f"{entry}.{column}":
+            return entry, column
+    return "", ""
+
+
+def closure(graph: Graph, references: Iterable[tuple[str | None, str]]) -> dict[str, set[str]]:
+    """Per table ("" for documents) the physical columns that evaluating the references reads."""
+    needed: dict[str, set[str]] = {"": {"doc_id"}}
+    todo = list(references)
+    seen: set[tuple[str | None, str]] = set()
+    while todo:
+        reference = todo.pop()
+        if reference in seen:
+            continue
+        seen.add(reference)
+        name, column = reference
+        if name is None:
+            needed[""].add(column)
+            continue
+        entry = graph.entries[name]
+        if entry.where:
+            todo += entry.where.references
+        if entry.verdict:
+            todo += [*entry.verdict.references, (entry.signals, "computed")]
+            needed.setdefault(name, set()).add(column)
+        else:
+            needed.setdefault(name, set()).update({column} - ({"computed"} if entry.kind == "reduce" else set()))
+            if entry.kind != "reduce":
+                needed[name].add("computed")
+    return needed
+
+
+def layered(graph: Graph, needed: Mapping[str, set[str]], base: str) -> str:
+    """SQL that gives each entry as one struct column beside the document columns of `base`.
+
+    Args:
+        needed: from `closure`.
+        base: a FROM item with the document columns and every needed score column under the name "entry.column".
+    """
+    sql = f"FROM {base}"
+    for name, entry in graph.entries.items():
+        if name not in needed:
+            continue
+        columns = sorted(needed[name] - {"computed"})
+        covered, values = _struct(entry, columns)
+        packed = ", ".join(
+            [f"computed := {covered}", *(f"{_q(c)} := CASE WHEN {covered} THEN {v} END" for c, v in values)]
+        )
+        sql = f"FROM (SELECT *, struct_pack({packed}) AS {_q(name)} {sql})"
+    return f"SELECT * {sql}"
+
+
+def _struct(entry: Entry, columns: list[str]) -> tuple[str, list[tuple[str, str]]]:
+    """The SQL of `computed`, and of each column."""
+    where = f"coalesce(({entry.where.sql}), false)" if entry.where else "true"
+    if entry.kind == "rules":
+        assert entry.verdict is not None
+        verdict = f"({entry.verdict.sql})"
+        values = {"keep": f"({verdict} IS NULL)", "reason": verdict}
+        return f"{entry.signals}.computed", [(c, values[c]) for c in columns]
+    if entry.kind == "reduce":
+        assert isinstance(entry.spec, ReduceSpec)
+        defaults = entry.spec.defaults()
+        return where, [(c, f"coalesce({_flat(entry.name, c)}, {defaults[c]})") for c in columns]
+    computed = f"coalesce({_flat(entry.name, 'computed')}, false)"
+    return f"({computed} AND {where})" if entry.where else computed, [(c, _flat(entry.name, c)) for c in columns]
+
+
+def _flat(entry: str, column: str) -> str:
+    return _q(f"{entry}.{column}")
+
+
+def _q(identifier: str) -> str:
+    return f'"{identifier}"'
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, str):
+        return "'" + value.replace("'", "''") + "'"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    raise RecipeError(f"threshold {value!r}: a number, a text, true or false, or a list of these")
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+__all__ = ["Entry", "Graph", "Selected", "closure", "layered", "plain_column"]

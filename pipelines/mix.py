@@ -1,0 +1,410 @@
+"""Mix: which documents, how often, under a token budget. The four steps are in mixture.sql.
+
+    candidates   per shard, on workers: the expressions are evaluated once, side by side, into a narrow scratch file
+    choices      once: cuts become numbers, one per cluster among the candidates, holdout by cluster
+    totals       once: tokens per group -> weights -> epochs under the cap
+    draw         per shard, on workers: copies by a hash draw; aligned with the documents, like a score
+
+The mixture's record keeps what each step dropped, the cuts, the budget, and what is left of it.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.execute import Resources
+from pipelines.frames import frame, paths_of
+from pipelines.graph import Graph, Selected, closure, layered, plain_column
+from pipelines.run import Counts, Run, wanted
+from scorers.domains import weights as weighers
+from storage.errors import RecipeError
+from storage.lake import LakeSpace, run_sql, to_json
+from storage.shards import ShardFile, write_shard
+
+MIXTURE = pa.schema(
+    [
+        pa.field("doc_id", pa.int64(), nullable=False),
+        pa.field("group", pa.string()),
+        pa.field("tokens", pa.int64()),
+        pa.field("expected", pa.float64()),
+        pa.field("copies", pa.int32()),
+        pa.field("dropped", pa.string()),
+        pa.field("instead", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One document shard: its files by table name ("" for documents)."""
+
+    shard: str
+    rows: int
+    paths: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return f"shard {self.shard}"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One shard of the mixture; per group how many documents and tokens were taken; per step what was dropped."""
+
+    file: ShardFile
+    taken: Mapping[str, tuple[int, int]]
+    dropped: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What steps 1 and 2 leave: the scratch files, and tokens and documents by group."""
+
+    items: list[Item]
+    scratch: Path
+    cuts: Mapping[str, float]
+    totals: pa.Table
+
+
+def weigh(run: Run, name: str) -> Counts:
+    """Compute one [weights.x] entry and keep it in the book `weights`."""
+    weights = run.graph.recipe.weights[name]
+    key = _key(run, name)
+    if _recorded(run, name) == key:
+        return {"groups": _groups(run, name), "reused": True}
+    if weights.method == "given":
+        groups = sorted(weights.share)
+        shares, total = weighers.given(groups, weights.share)
+        rows = [(group, 0, 0, None, float(share)) for group, share in zip(groups, shares, strict=True)]
+        record: dict[str, Any] = {"sum_as_given": total}
+    else:
+        with chosen(run, name, run.graph.recipe.seed) as found:
+            tokens = found.totals.column("tokens").to_numpy().astype(float)
+            if not tokens.sum():
+                raise RecipeError(f"weights.{name}: no tokens among the candidates; look at its where")
+            natural = weighers.natural(tokens)
+            shares = natural if weights.temperature is None else weighers.temperature(tokens, weights.temperature)
+            columns = [found.totals.column(c).to_pylist() for c in ("group", "documents", "tokens")]
+            rows = list(zip(*columns, natural.tolist(), shares.tolist(), strict=True))
+            record = {"cuts": dict(found.cuts)}
+    lines = [(run.graph.recipe.name, name, *row, None, None, None) for row in rows]
+    _keep(run, name, "", {"key": key, "method": weights.method, **record}, lines)
+    return {"groups": len(lines), "reused": False, **record}
+
+
+def mix(run: Run, name: str) -> Counts:
+    """Make one [mixtures.x] entry: its table, its record, its lines in the book `weights`."""
+    lake, graph = run.lake, run.graph
+    mixture, table = graph.recipe.mixtures[name], graph.mixture_table(name)
+    with lake.locked(table, run.who):
+        lake.make_table(table, MIXTURE)
+        key = _key(run, name)
+        documents = run.documents()
+        if _recorded(run, name) == key and lake.shards(table).keys() == documents.keys():
+            record = json.loads(
+                lake.rows(f"SELECT record FROM lake.main.mixtures WHERE {_MINE}", [graph.recipe.name, name])[0][0]
+            )
+            return {**record["totals"], "reused": True}
+        with chosen(run, name, graph.seed(name)) as found:
+            weights, epochs, plan = _epochs(run, name, found.totals)
+            groups = found.totals.column("group").to_pylist()
+            multiples = pa.table({"group": pa.array(groups, pa.string()), "epochs": epochs})
+            make = partial(make_draw, graph.selections[name].holdout, lake.data, table, str(found.scratch), multiples)
+            drawn: list[tuple[Item, Drawn]] = []
+            run.progress.begin(f"{name}: draw", sum(item.rows for item in found.items), "documents")
+            failed = len(run.failed)
+            run.map(name, make, found.items, drawn.extend, lambda item: item.rows)
+            if len(run.failed) > failed:
+                return {}
+        taken: Counter[str] = Counter()
+        tokens: Counter[str] = Counter()
+        dropped: Counter[str] = Counter()
+        for _, result in drawn:
+            dropped.update(result.dropped)
+            for group, (count, amount) in result.taken.items():
+                taken[group] += count
+                tokens[group] += amount
+        expected = round(float(np.nan_to_num(found.totals.column("curved").to_numpy().astype(float) * epochs).sum()))
+        totals = {
+            "documents": sum(shard.rows for shard in documents.values()),
+            "dropped": dict(sorted(dropped.items())),
+            "taken_documents": taken.total(),
+            "taken_tokens": tokens.total(),
+            "budget_tokens": mixture.budget_tokens,
+            # What the draws are expected to give; of few or long documents they give more or less.
+            "expected_tokens": expected,
+            "unspent_tokens": max(0, mixture.budget_tokens - expected) if mixture.budget_tokens else None,
+        }
+        record = {"key": key, "seed": graph.seed(name), "cuts": dict(found.cuts), **plan, "totals": totals}
+        natural = found.totals.column("tokens").to_numpy() / max(1, sum(found.totals.column("tokens").to_pylist()))
+        columns = [found.totals.column(c).to_pylist() for c in ("group", "documents", "tokens")]
+        columns += [natural.tolist(), weights.tolist(), epochs.tolist()]
+        columns += [[taken[group] for group in groups], [tokens[group] for group in groups]]
+        lines = [(graph.recipe.name, name, *row) for row in zip(*columns, strict=True)]
+        _keep(run, name, table, record, lines, [result.file for _, result in drawn])
+    return totals
+
+
+@contextmanager
+def chosen(run: Run, name: str, seed: int) -> Iterator[Chosen]:
+    """Steps 1 and 2 for a selection, and the tokens per group that they leave."""
+    graph, lake = run.graph, run.lake
+    selected = graph.selections[name]
+    tables = paths_of(run, selected.references | {(None, "text_hash")})
+    items = [
+        Item(shard, document.rows, {t: files[shard] for t, files in tables.items()} | {"": document.path})
+        for shard, document in run.documents().items()
+    ]
+    with lake.scratch(f"{name}-{run.id}") as scratch:
+        run.progress.begin(f"{name}: candidates", sum(item.rows for item in items), "documents")
+        make = partial(make_candidates, graph, name, seed, lake.data, str(scratch))
+        found: list[tuple[Item, Counter[str]]] = []
+        failed = len(run.failed)
+        run.map(name, make, items, found.extend, lambda item: item.rows)
+        if len(run.failed) > failed:
+            raise RecipeError(f"{name}: " + "\n".join(run.failed[failed:]))
+        unscored = sum((counts for _, counts in found), Counter())
+        if unscored and selected.unscored == "error":
+            raise RecipeError(_refusal(run, name, unscored))
+        files = [str(scratch / f"{item.shard}.parquet") for item in items]
+        with lake.space({"candidates": _candidates(files)}) as space:
+            cuts = _cut(space, selected)
+            if cuts:
+                _apply(space, selected, cuts)
+            direction = "DESC" if selected.prefer and selected.prefer[1] else "ASC"
+            space.run(f"CREATE TEMP TABLE choices AS {_sql('choices', direction=direction, holdout=selected.holdout)}")
+            space.run(f"CREATE TEMP VIEW chosen AS {_sql('chosen', holdout=selected.holdout)}")
+            totals = space.read(_sql("totals")).read_all()
+            pq.write_table(space.read("FROM choices ORDER BY doc_id").read_all(), scratch / "choices.parquet")
+        (scratch / "cuts.json").write_text(json.dumps([[*cut] for cut in cuts]))
+        yield Chosen(items, scratch, {column: cut for column, _, cut in cuts}, totals)
+
+
+def make_candidates(
+    graph: Graph, name: str, seed: int, data: str, scratch: str, resources: Resources
+) -> Callable[[Item], Counter[str]]:
+    """Step 1 on one shard: writes its scratch file; returns per entry how many rows wait for it."""
+    selected = graph.selections[name]
+    needed = closure(graph, selected.references | {(None, "text_hash")} | _computed(selected))
+    entries = sorted({entry for entry, _ in selected.references if entry})
+    sparse = selected.one_per is not None and _sparse_column(graph, selected)
+    query = _sql(
+        "candidates",
+        group=selected.group.sql,
+        tokens=selected.tokens.sql,
+        where=selected.where.sql if selected.where else "true",
+        computed=" AND ".join(f"{entry}.computed" for entry in entries) or "true",
+        cluster=selected.one_per.sql if selected.one_per else "NULL::BIGINT",
+        clustered=f'"{sparse}" IS NOT NULL' if sparse else str(selected.one_per is not None).lower(),
+        prefer=selected.prefer[0].sql if selected.prefer else "NULL::BIGINT",
+        copies=selected.copies.sql if selected.copies else "1.0",
+        best="".join(f"({column.sql}) AS best_{i},\n" for i, (column, _, _) in enumerate(selected.best)),
+        flags="".join(f'NOT {entry}.computed AS "?{entry}",\n' for entry in entries),
+        seed=seed,
+    )
+    query = query.replace("FROM rows", f"FROM ({layered(graph, needed, 'shard')})")
+
+    def candidates(item: Item) -> Counter[str]:
+        table = run_sql(query, shard=frame(graph, data, item.paths, needed))
+        dropped = table.column("dropped")
+        waiting = Counter[str]()
+        if selected.unscored == "keep":
+            kept = ["" if reason == "unscored" else reason for reason in dropped.to_pylist()]
+            table = table.set_column(
+                table.schema.get_field_index("dropped"), "dropped", pa.array([r or None for r in kept], pa.string())
+            )
+        else:
+            lost = np.array([reason == "unscored" for reason in dropped.to_pylist()], dtype=bool)
+            for entry in entries if lost.any() else ():
+                waiting[entry] = int((lost & table.column(f"?{entry}").to_numpy()).sum())
+        pq.write_table(table.drop([f"?{entry}" for entry in entries]), Path(scratch, f"{item.shard}.parquet"))
+        return +waiting
+
+    return candidates
+
+
+def make_draw(
+    holdout: float, data: str, table: str, scratch: str, epochs: pa.Table, resources: Resources
+) -> Callable[[Item], Drawn]:
+    """Step 4 on one shard: the shard of the mixture."""
+    cuts = json.loads(Path(scratch, "cuts.json").read_text())
+
+    def draw(item: Item) -> Drawn:
+        candidates = pq.read_table(Path(scratch, f"{item.shard}.parquet"))
+        ids = candidates.column("doc_id")
+        within = [("doc_id", ">=", ids[0].as_py()), ("doc_id", "<=", ids[-1].as_py())] if len(ids) else None
+        choices = pq.read_table(Path(scratch, "choices.parquet"), filters=within)
+        query = _sql("draw").replace("FROM chosen", f"FROM ({_sql('chosen', holdout=holdout)})")
+        source = _below(cuts, "evaluated")
+        drawn = run_sql(
+            f"WITH candidates AS ({source}) {query}", evaluated=candidates, choices=choices, epochs=epochs
+        ).cast(MIXTURE)
+        sums = run_sql(
+            'SELECT "group", count(*) AS documents, CAST(sum(tokens * copies) AS BIGINT) AS tokens '
+            "FROM drawn WHERE copies > 0 GROUP BY ALL",
+            drawn=drawn,
+        )
+        taken = {row["group"]: (row["documents"], row["tokens"]) for row in sums.to_pylist()}
+        dropped = Counter(reason for reason in drawn.column("dropped").to_pylist() if reason)
+        return Drawn(write_shard(data, table, item.shard, drawn.to_batches(), MIXTURE, 65_536), taken, dropped)
+
+    return draw
+
+
+def _computed(selected: Selected) -> set[tuple[str | None, str]]:
+    return {(entry, "computed") for entry, _ in selected.references if entry}
+
+
+def _candidates(files: list[str]) -> str:
+    listed = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
+    return f"SELECT * FROM read_parquet([{listed}])" if files else "SELECT * FROM (VALUES (0)) t(doc_id) WHERE false"
+
+
+def _sparse_column(graph: Graph, selected: Selected) -> str:
+    """The column "entry.column" when one_per is a plain column of a reduce, where no row means alone in its cluster."""
+    assert selected.one_per is not None
+    entry, column = plain_column(selected.one_per)
+    return f"{entry}.{column}" if entry and graph.entries[entry].kind == "reduce" else ""
+
+
+def _cut(space: LakeSpace, selected: Selected) -> list[tuple[str, str, float]]:
+    """(column, comparison, number) of each `best`: a candidate stays where `value comparison number` is true."""
+    cuts = []
+    for i, (column, high, fraction) in enumerate(selected.best):
+        quantile = 1.0 - fraction if high else fraction
+        (value,) = space.read(_sql("cut", column=f"best_{i}", quantile=quantile)).read_all().column("cut").to_pylist()
+        if value is not None:
+            cuts.append((column.sql, ">=" if high else "<=", float(value)))
+    return cuts
+
+
+def _below(cuts: list[tuple[str, str, float]], relation: str) -> str:
+    """SQL of the candidates with those beyond a cut dropped."""
+    if not cuts:
+        return f"SELECT * FROM {relation}"
+    inside = " AND ".join(f"coalesce(best_{i} {sign} {cut!r}, false)" for i, (_, sign, cut) in enumerate(cuts))
+    dropped = f"CASE WHEN dropped IS NULL AND NOT ({inside}) THEN 'best' ELSE dropped END AS dropped"
+    return f"SELECT * REPLACE ({dropped}) FROM {relation}"
+
+
+def _apply(space: LakeSpace, selected: Selected, cuts: list[tuple[str, str, float]]) -> None:
+    space.run("ALTER VIEW candidates RENAME TO evaluated")
+    space.run(f"CREATE TEMP VIEW candidates AS {_below(cuts, 'evaluated')}")
+
+
+def _epochs(run: Run, name: str, totals: pa.Table) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Step 3: per group its weight and its epochs, and what to put on the record."""
+    recipe = run.graph.recipe
+    mixture = recipe.mixtures[name]
+    groups = totals.column("group").to_pylist()
+    tokens = totals.column("tokens").to_numpy().astype(float)
+    if not tokens.sum():
+        return np.zeros(len(groups)), np.zeros(len(groups)), {"weights": "none: no candidates"}
+    natural = weighers.natural(tokens)
+    budget = mixture.budget_tokens
+    if mixture.copies is not None:
+        curved = float(np.nansum(totals.column("curved").to_numpy().astype(float)))
+        scale = min(1.0, budget / curved) if budget and curved else 1.0
+        return natural, np.full(len(groups), scale), {"weights": "copies", "scale": scale}
+    weights, plan = natural, {"weights": "natural"}
+    if mixture.weights is not None:
+        weights, plan = _named(run, name, mixture.weights, groups)
+    if budget is None:
+        return weights, np.full(len(groups), 1.0), plan
+    epochs = weighers.epochs(weights, tokens, budget, mixture.max_epochs)
+    return weights, epochs, {**plan, "max_epochs": mixture.max_epochs}
+
+
+def _named(run: Run, mixture: str, name: str, groups: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
+    said = dict(
+        run.lake.rows(
+            'SELECT "group", weight FROM lake.main.weights WHERE recipe = ? AND mixture = ?',
+            [run.graph.recipe.name, name],
+        )
+    )
+    absent = sorted(group for group, weight in said.items() if weight > 0 and group not in set(groups))
+    if absent:
+        shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+        raise RecipeError(
+            f"mixtures.{mixture}: weights.{name} gives weight to groups without a document among the candidates: "
+            f"{shown}; take them out of weights.{name}, or look at the mixture's where"
+        )
+    weights, total = weighers.given(groups, said)
+    return weights, {"weights": name, "sum_of_weights": total}
+
+
+def _refusal(run: Run, name: str, unscored: Counter[str]) -> str:
+    lines = []
+    for entry, count in sorted(unscored.items()):
+        remedy = f"finish it with: corpusmill score RECIPE --lake {run.lake.folder}"
+        if run.graph.partial(entry):
+            remedy = f"widen the where of {entry}, or put its condition into the where of {name}"
+        lines.append(f"{name}: {count} documents in the running have no {entry}; {remedy}; or set unscored")
+    return "\n".join(lines)
+
+
+def _key(run: Run, name: str) -> str:
+    """What a mixture or a weights entry is made from: documents, entries, weights, its own definition."""
+    graph = run.graph
+    selected = graph.selections.get(name)
+    entries = sorted({entry for entry, _ in selected.references if entry}) if selected else []
+    mixture = graph.recipe.mixtures.get(name)
+    definition = mixture or graph.recipe.weights[name]
+    parts: list[Any] = [definition.model_dump(mode="json"), graph.recipe.seed]
+    parts += [wanted(shard.sha256, shard.shard) for shard in run.documents().values()]
+    parts += [run.key(entry) for entry in entries]
+    if mixture and mixture.weights:
+        parts.append(_key(run, mixture.weights))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+_MINE = "recipe = ? AND name = ?"
+
+
+def _recorded(run: Run, name: str) -> str | None:
+    rows = run.lake.rows(f"SELECT record FROM lake.main.mixtures WHERE {_MINE}", [run.graph.recipe.name, name])
+    return json.loads(rows[0][0])["key"] if rows else None
+
+
+def _groups(run: Run, name: str) -> int:
+    mine = [run.graph.recipe.name, name]
+    return int(run.lake.rows("SELECT count(*) FROM lake.main.weights WHERE recipe = ? AND mixture = ?", mine)[0][0])
+
+
+def _keep(
+    run: Run, name: str, table: str, record: Mapping[str, Any], lines: list[Any], files: list[ShardFile] | None = None
+) -> None:
+    """The record, the lines of `weights` and the shards, in one transaction; the mixture's older ones go."""
+    lake, recipe = run.lake, run.graph.recipe.name
+
+    def books() -> None:
+        lake.change(f"DELETE FROM lake.main.mixtures WHERE {_MINE}", [recipe, name])
+        lake.change("DELETE FROM lake.main.weights WHERE recipe = ? AND mixture = ?", [recipe, name])
+        lake.insert("mixtures", [(recipe, name, table, datetime.now(UTC), to_json(record))])
+        lake.insert("weights", lines)
+        stale = lake.shards(table).keys() - {file.shard for file in files or ()} if table else ()
+        lake.drop_shards((table, shard) for shard in stale)
+
+    lake.register([(file, record["key"]) for file in files or ()], also=books)
+
+
+@cache
+def _sections() -> dict[str, str]:
+    text = (Path(__file__).parent / "mixture.sql").read_text(encoding="utf-8")
+    parts = re.split(r"^-- \[(\w+)\].*$", text, flags=re.M)
+    return {name: re.sub(r"^--.*$", "", body, flags=re.M).strip() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def _sql(section: str, **words: object) -> str:
+    return _sections()[section].format(**words)

@@ -1,0 +1,264 @@
+"""The recipe: a graph of named entries, read strictly. Unknown keys, wrong types and bad names are all told at once.
+
+    [ingest]  [[sources]]  [scores.x]  [rules.x]  [weights.x]  [mixtures.x]  [exports.x]
+
+The same model is the flow's parameter, survives JSON, and is kept with every run: running that file repeats it.
+"""
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    model_serializer,
+    model_validator,
+)
+
+from scorers import SCORERS
+from scorers.base import Spec
+from storage.errors import RecipeError
+from storage.paths import beside_recipe
+from storage.schema import DOCUMENTS
+from storage.sources import Intake, Source
+from storage.sql import nearest
+
+RESERVED = frozenset(DOCUMENTS.names) | frozenset(
+    {"documents", "files", "shards", "ledger", "weights", "mixtures", "runs", "rejects", "corpus", "adopted"}
+    | {"mixture", "explain", "seen", "computed", "copies", "dropped"}
+)
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,47}$")]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Strict(BaseModel):
+    """Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Score(Strict):
+    """[scores.x]: a scorer with its parameters; `where` is its coverage, not part of its values."""
+
+    where: str | None = None
+    spec: SerializeAsAny[Spec]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, data: Any, info: ValidationInfo) -> Any:
+        if not isinstance(data, dict) or "spec" in data:
+            return data
+        rest = {key: value for key, value in data.items() if key != "where"}
+        if "scorer" not in rest:
+            raise ValueError(f"scorer is missing; one of {', '.join(sorted(SCORERS))}, or package.module:Spec")
+        return {
+            "where": data.get("where"),
+            "spec": load_spec(rest["scorer"]).model_validate(rest, context=info.context),
+        }
+
+    @model_serializer
+    def _write(self) -> dict[str, Any]:
+        return self.spec.model_dump(mode="json") | ({"where": self.where} if self.where else {})
+
+
+class RuleSet(BaseModel):
+    """[rules.x]: a verdict (keep, reason) as SQL over a score entry's signals; the other keys are its thresholds."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    rules: str
+    """Name of a rule set that corpusmill has ("gopher"), or a path to a .sql file, counted from the recipe."""
+    signals: Name | None = None
+    """The score entry that holds the signals; may be left out where only one entry has the right scorer."""
+
+    @model_validator(mode="after")
+    def _paths(self, info: ValidationInfo) -> "RuleSet":
+        if self.rules.endswith(".sql"):
+            object.__setattr__(self, "rules", beside_recipe(self.rules, info))
+        return self
+
+    @property
+    def thresholds(self) -> Mapping[str, Any]:
+        return self.model_extra or {}
+
+
+class Selection(Strict):
+    """Which documents are in the running, and how they are grouped and counted."""
+
+    tokens: str
+    """The column that budgets count in, for instance "tokens.n"."""
+    group_by: str = "domain"
+    where: str | None = None
+    unscored: Literal["error", "drop", "keep"] = "error"
+    """What to do where `where` is NULL because an entry has not been computed for the document."""
+    best: Mapping[str, Fraction] = {}
+    """Per column the fraction of the candidates to keep from its good end; the cut is frozen as a number."""
+    one_per: str | None = None
+    """A cluster column: one document of each cluster among the candidates, by `prefer`, ties to the smallest id."""
+    prefer: str | None = None
+    """An expression; a plain score column knows which end is good, else end it with ASC or DESC. NULL comes last."""
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of the documents, by whole clusters, kept out of every mixture of this seed."""
+
+
+class Weights(Selection):
+    """[weights.x]: the share of tokens that each group shall have.
+
+    natural: as available. temperature: share^(1/temperature), renormalised. given: as said in `share`.
+    """
+
+    tokens: str = ""
+    method: Literal["natural", "temperature", "given"]
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    share: Mapping[str, Annotated[float, Field(ge=0)]] = {}
+
+    def problems(self) -> Iterator[str]:
+        if (self.method == "temperature") != (self.temperature is not None):
+            yield 'temperature: goes with method = "temperature", and only with it'
+        if (self.method == "given") != bool(self.share):
+            yield 'share: goes with method = "given", and only with it'
+        if self.method != "given" and not self.tokens:
+            yield 'tokens: name the column to count in, for instance "tokens.n"'
+
+
+class Mixture(Selection):
+    """[mixtures.x]: which documents, how often, under a token budget."""
+
+    budget_tokens: Annotated[int, Field(gt=0)] | None = None
+    """None: everything once (or as `copies` says)."""
+    weights: Name | None = None
+    """A [weights.x] entry; without it each group has its natural share."""
+    max_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """The most often that a document may be taken; budget that this leaves over is reported as unspent."""
+    copies: str | None = None
+    """An expression for the expected number of copies of a document, instead of weights and epochs."""
+    seed: int | None = None
+    """Draws and holdout; the recipe's seed when left out."""
+
+
+class Export(Strict):
+    """[exports.x]: a mixture as files that a trainer loads."""
+
+    mixture: Name
+    format: Literal["parquet", "jsonl.zst"] = "jsonl.zst"
+    path: Annotated[str, AfterValidator(beside_recipe)] | None = None
+    """Folder of the export; by default LAKE/exports/RECIPE/NAME. A relative path counts from the recipe's folder."""
+    shard_bytes: Annotated[int, Field(ge=1_000_000)] = 256_000_000
+    """Text bytes per file, about."""
+    seed: int | None = None
+    """The order of the documents; the recipe's seed when left out."""
+
+
+class Recipe(Strict):
+    """One TOML file. `Recipe.load(path)` reads it; raises RecipeError with every problem found."""
+
+    name: Name
+    seed: int = 0
+    ingest: Intake = Intake()
+    sources: tuple[Source, ...] = Field(min_length=1)
+    scores: Mapping[Name, Score] = {}
+    rules: Mapping[Name, RuleSet] = {}
+    weights: Mapping[Name, Weights] = {}
+    mixtures: Mapping[Name, Mixture] = {}
+    exports: Mapping[Name, Export] = {}
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """Read a recipe; relative paths in it count from its folder."""
+        path = Path(path)
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError(f"no recipe at {path}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+            raise RecipeError(f"{path} is not TOML: {error}") from None
+        return cls.of(data, base=str(path.resolve().parent))
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any], base: str | None = None) -> "Recipe":
+        """Validate a recipe given as a mapping.
+
+        Args:
+            base: the folder from which relative paths count; None leaves them as they are.
+        """
+        try:
+            recipe = cls.model_validate(data, context={"base": base})
+        except ValidationError as error:
+            raise RecipeError(*(_told(cls, data, problem) for problem in error.errors())) from None
+        problems = list(recipe._names())
+        if problems:
+            raise RecipeError(*problems)
+        return recipe
+
+    def _names(self) -> Iterator[str]:
+        seen: dict[str, str] = {"": ""}
+        for table in ("scores", "rules", "weights", "mixtures"):
+            for entry in getattr(self, table):
+                if entry in RESERVED:
+                    yield f"{table}.{entry}: {entry!r} is a word of the lake; choose another name"
+                if entry in seen:
+                    yield f"{table}.{entry}: the name is taken by {seen[entry]}; choose another"
+                seen[entry] = f"{table}.{entry}"
+        names = [source.name for source in self.sources]
+        for source in sorted({one for one in names if names.count(one) > 1}):
+            yield f"sources: the name {source!r} is used twice; a source's name says where a document is from"
+        if self.name in ("main", "information_schema", "pg_catalog"):
+            yield f"name: {self.name!r} is a word of the lake; choose another name"
+
+
+def load_spec(scorer: str) -> type[Spec]:
+    """The spec class of a scorer of the table, or of a "package.module:Spec" of the user's own."""
+    target = SCORERS.get(scorer, scorer)
+    module, _, attribute = target.partition(":")
+    if not attribute:
+        raise ValueError(f"no scorer {scorer!r}{nearest(scorer, SCORERS)}; there are {', '.join(sorted(SCORERS))}")
+    try:
+        found = getattr(import_module(module), attribute)
+    except ImportError as error:
+        raise ValueError(f"scorer {scorer!r} cannot be imported: {error}; install it, or correct the name") from None
+    except AttributeError:
+        raise ValueError(f"scorer {scorer!r}: {module} has no {attribute}{nearest(attribute, dir(found))}") from None
+    if not (isinstance(found, type) and issubclass(found, Spec)):
+        raise ValueError(f"scorer {scorer!r} is no Spec; derive it from MapSpec, ColumnsSpec or ReduceSpec")
+    return found
+
+
+def _told(model: type[BaseModel], data: Mapping[str, Any], problem: Any) -> str:
+    """One problem in the recipe's own words: the field's path, what is wrong, the nearest right name."""
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        siblings = _fields_at(model, data, problem["loc"][:-1])
+        return f"{where}: no such key{nearest(str(problem['loc'][-1]), siblings)}; there are {', '.join(siblings)}"
+    if problem["type"] == "string_pattern_mismatch" and problem["loc"][-1] == "[key]":
+        return f"{where.removesuffix('.[key]')}: a name is lower-case letters, digits and _, and begins with a letter"
+    if problem["type"] == "missing":
+        return f"{where}: is missing"
+    given = problem["input"]
+    shown = f" (it is {given!r})" if isinstance(given, (str, int, float, bool)) else ""
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message[0].lower()}{message[1:]}{shown if problem['type'] != 'value_error' else ''}"
+
+
+def _fields_at(model: type[BaseModel], data: Mapping[str, Any], loc: tuple[Any, ...]) -> list[str]:
+    """The keys that are allowed at a place of the recipe."""
+    tables: dict[str, type[BaseModel]] = {
+        "ingest": Intake,
+        "sources": Source,
+        "weights": Weights,
+        "mixtures": Mixture,
+        "exports": Export,
+    }
+    if loc and loc[0] in tables:
+        return list(tables[loc[0]].model_fields)
+    if loc and loc[0] == "scores":
+        return ["where", *load_spec(data["scores"][loc[1]]["scorer"]).model_fields]
+    return list(model.model_fields)

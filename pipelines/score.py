@@ -1,0 +1,240 @@
+"""Score: one entry of the graph becomes its table, shard by shard.
+
+Maps and columns are aligned: a shard of scores has the rows and the order of its document shard. `where` is coverage:
+rows outside it stay computed = false, and when it widens only the missing rows are computed. A reduce is one sparse
+table.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.execute import Resources
+from pipelines.frames import covered, evaluate, paths_of
+from pipelines.graph import Entry, Graph
+from pipelines.run import Counts, Run, wanted
+from pipelines.views import joined
+from scorers.base import ColumnsSpec, MapSpec, ReduceSpec, Score, checked
+from storage.lake import check_aligned
+from storage.shards import ShardFile, read_shard, write_shard
+
+ROW_GROUP = 65_536  # narrow rows
+
+
+@dataclass(frozen=True)
+class Item:
+    """A document shard to score: its rows, the tables' files by name ("" for documents), and the `input` to note."""
+
+    shard: str
+    rows: int
+    paths: Mapping[str, str]
+    input: str
+
+    def __str__(self) -> str:
+        return f"shard {self.shard}"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What became of an item; `file` is None where the shard on disk already holds every wanted row."""
+
+    file: ShardFile | None
+    computed: int
+
+
+def score(run: Run, name: str) -> Counts:
+    """Bring the table of one entry up to date."""
+    entry = run.graph.entries[name]
+    with run.lake.locked(entry.table, run.who):
+        run.lake.make_table(entry.table, entry.schema, entry.columns)
+        if entry.kind == "reduce":
+            return _reduce(run, entry)
+        items = todo(run, entry)
+        run.progress.begin(name, sum(item.rows for item in items), "documents")
+        computed = 0
+
+        def keep(finished: list[tuple[Item, Scored]]) -> None:
+            nonlocal computed
+            computed += sum(result.computed for _, result in finished)
+            existing = run.lake.shards(entry.table)
+            written = []
+            for item, result in finished:
+                old = existing.get(item.shard)
+                file = result.file or ShardFile(entry.table, item.shard, old.path, old.rows, old.sha256)  # type: ignore[union-attr]
+                written.append((file, item.input))
+            run.lake.register(written)
+
+        spec = entry.spec
+        make = partial(make_worker, run.graph, name, run.lake.data)
+        run.map(name, make, items, keep, lambda item: item.rows, gpu=isinstance(spec, MapSpec) and spec.gpu)
+    documents = run.documents()
+    return {
+        "documents": sum(shard.rows for shard in documents.values()),
+        "computed": computed,
+        "shards": len(documents),
+        "shards_reused": len(documents) - len(items),
+    }
+
+
+def todo(run: Run, entry: Entry) -> list[Item]:
+    """Document shards whose score shard is missing, or was wanted for other rows."""
+    existing = run.lake.shards(entry.table)
+    key = run.key(entry.name)
+    references = set(entry.where.references) if entry.where else set()
+    if isinstance(entry.spec, ColumnsSpec):
+        references |= set(run.graph.inputs(entry).values())
+    tables = paths_of(run, references)
+    items = []
+    for shard, document in run.documents().items():
+        made_from = wanted(document.sha256, key)
+        old = existing.get(shard)
+        if old is not None and old.input == made_from:
+            continue
+        paths = {table: files[shard] for table, files in tables.items()} | {"": document.path}
+        # The old shard's rows are of use only where it stands beside the same documents.
+        if old is not None and old.input.startswith(document.sha256[:16]):
+            paths[entry.name] = old.path
+        items.append(Item(shard, document.rows, paths, made_from))
+    return items
+
+
+def make_worker(graph: Graph, name: str, data: str, resources: Resources) -> Callable[[Item], Scored]:
+    """The function that scores one shard; the model is loaded at the first document that needs it."""
+    entry = graph.entries[name]
+    if isinstance(entry.spec, ColumnsSpec):
+        return partial(_columns, graph, entry, entry.spec, entry.spec.build(), data)
+    assert isinstance(entry.spec, MapSpec)
+    spec = entry.spec
+    built: list[Score] = []
+
+    def build() -> Score:
+        if not built:
+            built.append(spec.build(resources.device))
+        return built[0]
+
+    return partial(_map, graph, entry, spec, build, data)
+
+
+def _map(graph: Graph, entry: Entry, spec: MapSpec, build: Callable[[], Score], data: str, item: Item) -> Scored:
+    ids = read_shard(data, item.paths[""], ["doc_id"]).column(0)
+    wanted_rows = covered(graph, entry, data, item.paths, item.rows)
+    old = None
+    have = np.zeros(item.rows, dtype=bool)
+    if entry.name in item.paths:
+        old = read_shard(data, item.paths[entry.name])
+        check_aligned(ids, old.column("doc_id"), entry.table)
+        have = old.column("computed").to_numpy()
+    missing = wanted_rows & ~have
+    if old is not None and not missing.any():
+        return Scored(None, 0)
+    scores = [
+        checked(build()(batch), spec.columns, batch.num_rows, entry.name)
+        for batch in _batches(data, item.paths[""], spec, missing)
+    ]
+    schema = pa.schema(list(entry.schema)[2:])
+    parts = (
+        [pa.Table.from_batches(scores, schema)]
+        if old is None
+        else [old.select(schema.names).cast(schema), pa.Table.from_batches(scores, schema)]
+    )
+    # Rows of the result as places in (old rows, new rows); no place means NULL.
+    place = np.arange(item.rows) if old is not None else np.zeros(item.rows, dtype=np.int64)
+    place[missing] = np.arange(missing.sum()) + (item.rows if old is not None else 0)
+    rows = pa.concat_tables(parts).take(pa.array(place, mask=~(have | missing)))
+    return Scored(_write(entry, data, item, ids, have | missing, rows), int(missing.sum()))
+
+
+def _batches(data: str, path: str, spec: MapSpec, missing: np.ndarray) -> Iterator[pa.RecordBatch]:
+    """The missing documents in batches of `batch_rows`, however thinly they are strewn."""
+    if not missing.any():
+        return
+    columns = ["doc_id", *(column for column in spec.reads if column != "doc_id")]
+    waiting: list[pa.RecordBatch] = []
+    count, start = 0, 0
+    with pq.ParquetFile(Path(data, path), memory_map=True) as file:
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            chosen = missing[start : start + batch.num_rows]
+            start += batch.num_rows
+            if not chosen.any():
+                continue
+            waiting.append(batch.select(columns).filter(pa.array(chosen)))
+            count += waiting[-1].num_rows
+            while count >= spec.batch_rows:
+                table = pa.Table.from_batches(waiting).combine_chunks()
+                yield table.slice(0, spec.batch_rows).to_batches()[0]
+                waiting = table.slice(spec.batch_rows).to_batches()
+                count -= spec.batch_rows
+    if count:
+        yield pa.Table.from_batches(waiting).combine_chunks().to_batches()[0]
+
+
+def _columns(graph: Graph, entry: Entry, spec: ColumnsSpec, score: Score, data: str, item: Item) -> Scored:
+    inputs = graph.inputs(entry)
+    ids = read_shard(data, item.paths[""], ["doc_id"]).column(0)
+    expressions = {role: f"{name}.{column}" for role, (name, column) in inputs.items()}
+    ready = " AND ".join(sorted({f"{name}.computed" for name, _ in inputs.values()}))
+    table = evaluate(graph, data, item.paths, set(inputs.values()), {"": ready, **expressions})
+    computed = table.column("").to_numpy() & covered(graph, entry, data, item.paths, item.rows)
+    batch = table.drop([""]).combine_chunks().to_batches()
+    rows = checked(score(batch[0]), spec.columns, item.rows, entry.name) if batch else entry.schema.empty_table()
+    hidden = pa.array(~computed)
+    masked = [pc.if_else(hidden, pa.scalar(None, column.type), column) for column in rows.columns] if batch else []
+    result = pa.Table.from_arrays(masked, schema=pa.schema(list(entry.schema)[2:])) if batch else rows
+    return Scored(_write(entry, data, item, ids, computed, result), int(computed.sum()))
+
+
+def _write(
+    entry: Entry, data: str, item: Item, ids: pa.ChunkedArray, computed: np.ndarray, rows: pa.Table
+) -> ShardFile:
+    arrays = [ids, pa.chunked_array([pa.array(computed)]), *(rows.column(column.name) for column in entry.columns)]
+    table = pa.Table.from_arrays(arrays, schema=entry.schema)
+    return write_shard(data, entry.table, item.shard, table.to_batches(), entry.schema, ROW_GROUP)
+
+
+def _reduce(run: Run, entry: Entry) -> Counts:
+    lake, graph, spec = run.lake, run.graph, entry.spec
+    assert isinstance(spec, ReduceSpec)
+    seen, state = run.inputs(entry), run.states[entry.name]
+    old = lake.shards(entry.table).get("all")
+    run.progress.begin(entry.name, 1, "tables")
+    if old is not None and old.input == state:
+        run.progress.advance(1)
+        return {"rows": old.rows, "reused": True}
+    before = dict(lake.rows('SELECT shard, input FROM lake.main.seen WHERE "table" = ?', [entry.table]))
+    extend = spec.extends and old is not None and before.items() <= seen.items()
+    new = sorted({name.partition("/")[2] for name in seen.keys() - before.keys()})
+    relations = {}
+    for part, table in entry.maps.items():
+        select = joined(run, {(table, column.name) for column in graph.entries[table].columns})
+        fields = ", ".join(f'{table}."{column.name}"' for column in graph.entries[table].columns)
+        relations[part] = f"SELECT doc_id, {fields} FROM ({select}) WHERE {table}.computed"
+        if extend:
+            ranges = [lake.id_range(run.documents()[shard].path) for shard in new]
+            inside = " OR ".join(f"doc_id BETWEEN {low} AND {high}" for low, high in ranges) or "false"
+            relations[f"{part}_new"] = f"FROM ({relations[part]}) WHERE {inside}"
+    if extend:
+        relations["old"] = f'FROM lake.main."{entry.table}"'
+    with lake.space(relations) as space:
+        reader = spec.reduce(space, extend=extend)
+        batches = (_reduced(batch, entry) for batch in reader)
+        file = write_shard(lake.data, entry.table, "all", batches, entry.schema, ROW_GROUP)
+
+    def books() -> None:
+        lake.change('DELETE FROM lake.main.seen WHERE "table" = ?', [entry.table])
+        lake.insert("seen", [(entry.table, shard, made) for shard, made in sorted(seen.items())])
+
+    lake.register([(file, state)], also=books)
+    run.progress.advance(1)
+    return {"rows": file.rows, "reused": False, "extended": extend}
+
+
+def _reduced(batch: pa.RecordBatch, entry: Entry) -> pa.RecordBatch:
+    rows = batch.select(entry.schema.names).cast(entry.schema)
+    checked(rows.select([column.name for column in entry.columns]), entry.columns, rows.num_rows, entry.name)
+    return rows
