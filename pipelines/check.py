@@ -67,7 +67,7 @@ def _scored(run: Run | None, name: str) -> str:
 
 def _because(graph: Graph, name: str) -> str:
     where = graph.entries[name].where
-    return f"  where {where.sql}" if where else ""
+    return f"  where {' '.join(where.sql.split())}" if where else ""
 
 
 def standing(folder: Path) -> Iterator[str]:
@@ -100,34 +100,37 @@ def standing(folder: Path) -> Iterator[str]:
 def trial(graph: Graph, fraction: float, executor: Executor) -> Iterator[str]:
     """Run the stages on a sample in a lake of its own; print rates, an estimate, and what rules would drop.
 
-    A smaller sample is part of a larger one: files come in an order that hangs on their names and the seed.
+    A smaller sample is part of a larger one (pipelines.ingest.sampled).
     """
     with tempfile.TemporaryDirectory(prefix="corpusmill-") as folder:
         lake = Lake.create(folder)
         run = Run(lake, graph, executor, sample=fraction)
-        whole = sum(file.size for source in graph.recipe.sources for file in list_files(source))
-        estimate = 0.0
-        with recorded(run):
-            for step in steps(graph, ("ingest", "score", "weigh", "mix")):
-                begun = time.monotonic()
-                perform(run, step)
-                seconds = time.monotonic() - begun
-                if step.name == "ingest":
-                    (read,) = lake.rows("SELECT sum(size) FROM lake.main.files WHERE active")[0]
-                    documents = sum(shard.rows for shard in run.documents().values())
-                    factor = whole / max(1, read)
-                    yield f"sample: {documents:,} documents, 1 / {factor:,.1f} of the input"
-                estimate += seconds * factor
-                yield f"  {step.name:<28} {documents / max(seconds, 1e-9):>10,.0f} documents/s {seconds:>8.1f} s"
-        yield f"the whole would take about {estimate / 60:,.1f} minutes here"
-        for name in graph.recipe.rules:
-            for reason, count in (
-                lake.query(
-                    f"SELECT coalesce({name}.reason, 'kept') AS reason, count(*) AS n FROM corpus GROUP BY 1 ORDER BY 2 DESC",
-                    graph.recipe.name,
-                )
-                .to_pydict()
-                .items()
-            ):
-                yield f"  {name}: {reason} {count}"
-        lake.close()
+        sizes = {source.name: sum(file.size for file in list_files(source)) for source in graph.recipe.sources}
+        spent: dict[str, float] = {}
+        try:
+            with recorded(run):
+                for step in steps(graph, ("ingest", "score", "weigh", "mix")):
+                    begun = time.monotonic()
+                    perform(run, step)
+                    spent[step.name] = time.monotonic() - begun
+            (read,) = lake.rows("SELECT sum(size) FROM lake.main.files WHERE active")[0]
+            documents = sum(shard.rows for shard in run.documents().values())
+            factor = sum(sizes.values()) / read
+            yield f"sample: {documents:,} documents, 1/{factor:,.1f} of the input; about {documents * factor:,.0f} in it"
+            for name, seconds in spent.items():
+                whole = seconds * factor
+                yield f"  {name:<28} {documents / seconds:>10,.0f} documents/s   {whole / 60:>10,.1f} min for all"
+            yield f"  {'together':<28} {'':>22}   {sum(spent.values()) * factor / 60:>10,.1f} min, start-up included"
+            for name in graph.recipe.rules:
+                yield f"rules {name} would drop"
+                dropped = lake.query(_DROPPED.format(rules=name), graph.recipe.name)
+                for reason, count, share in zip(*dropped.to_pydict().values(), strict=True):
+                    yield f"  {reason or '(kept)':<28} {count:>10,} documents   {share:>10.1%}"
+        finally:
+            lake.close()
+
+
+_DROPPED = """
+SELECT {rules}.reason AS reason, count(*) AS documents, count(*) / sum(count(*)) OVER () AS share
+FROM corpus WHERE {rules}.computed GROUP BY 1 ORDER BY 2 DESC
+"""

@@ -6,9 +6,10 @@ old one's documents leave the live lake (snapshots keep them), with every score 
 is no longer listed. Small files are packed into groups; a group becomes whole shards, and a group is there or not.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -46,14 +47,15 @@ def ingest(run: Run) -> Counts:
     lake, graph = run.lake, run.graph
     with lake.locked("files", run.who, wait=True):
         for source in graph.recipe.sources:
-            register(lake, source, list_files(source))
+            found = list_files(source)
+            register(lake, source, found if run.sample == 1.0 else sampled(found, run.sample))
     with lake.locked(graph.documents, run.who):
         lake.make_table(graph.documents, DOCUMENTS)
         lake.make_table(graph.rejects, REJECTS)
         adopted = graph.entries.get("adopted")
         if adopted:
             lake.make_table(adopted.table, adopted.schema, adopted.columns)
-        groups = missing(lake, graph)
+        groups = missing(lake, graph, stop=run.sample < 1.0)
         run.progress.begin("ingest", sum(group.size for group in groups), "bytes")
         run.map("ingest", partial(make_intake, graph, lake.data), groups, partial(keep, run), lambda g: g.size)
     return books(run)
@@ -62,7 +64,11 @@ def ingest(run: Run) -> Counts:
 def make_intake(graph: Graph, data: str, resources: Resources) -> Callable[[Group], Taken]:
     """The function that reads one group of files into shards."""
     adopted = graph.entries.get("adopted")
-    tables: dict[Literal["documents", "rejects", "adopted"], str] = {"documents": graph.documents, "rejects": graph.rejects, "adopted": adopted.table if adopted else ""}
+    tables: dict[Literal["documents", "rejects", "adopted"], str] = {
+        "documents": graph.documents,
+        "rejects": graph.rejects,
+        "adopted": adopted.table if adopted else "",
+    }
     sources = {source.name: source for source in graph.recipe.sources}
 
     def intake(group: Group) -> Taken:
@@ -130,6 +136,21 @@ def register(lake: Lake, source: Source, found: Sequence[FoundFile]) -> None:
     lake.commit(change)
 
 
+def sampled(found: Sequence[FoundFile], fraction: float) -> list[FoundFile]:
+    """The first files, in an order that hangs on their names, up to `fraction` of all bytes; the last one cut short.
+
+    A smaller sample is part of a larger one. Each source has one record at least.
+    """
+    left = fraction * sum(file.size for file in found)
+    chosen = []
+    for file in sorted(found, key=lambda file: hashlib.sha256(file.path.encode()).digest()):
+        if left <= 0:
+            break
+        chosen.append(replace(file, size=min(file.size, max(1, round(left)))))
+        left -= file.size
+    return sorted(chosen)
+
+
 def _retire(lake: Lake, gone: Iterable[tuple[int, int]]) -> None:
     """Take files out of the lake. The shards of their groups go; what else was in them is read again."""
     numbers = [number for number, _ in gone]
@@ -147,15 +168,19 @@ def _retire(lake: Lake, gone: Iterable[tuple[int, int]]) -> None:
     )
 
 
-def missing(lake: Lake, graph: Graph) -> list[Group]:
-    """Groups of active files that are not in the documents table, or whose adopted columns are not in theirs."""
+def missing(lake: Lake, graph: Graph, *, stop: bool = False) -> list[Group]:
+    """Groups of active files that are not in the documents table, or whose adopted columns are not in theirs.
+
+    Args:
+        stop: end reading each file at its noted size, for a trial.
+    """
     groups: dict[int, list[tuple[InputFile, str, int]]] = defaultdict(list)
     query = (
         "SELECT first, number, path, source, size FROM lake.main.files "
         "WHERE active AND list_contains(?, source) ORDER BY number"
     )
     for first, number, path, source, size in lake.rows(query, [list(graph.sources)]):
-        groups[first].append((InputFile(number, path), source, size))
+        groups[first].append((InputFile(number, path, size if stop else None), source, size))
     read = {row[0] for row in lake.rows('SELECT file FROM lake.main.ledger WHERE "table" = ?', [graph.documents])}
     adopted = graph.entries.get("adopted")
     unadopted: set[int] = set()

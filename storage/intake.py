@@ -29,10 +29,14 @@ NARROW_ROWS = 1 << 14
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file and its number in the lake, the upper half of its documents' ids."""
+    """A file and its number in the lake, the upper half of its documents' ids.
+
+    `stop` ends a trial early: no record is begun that far into the file, in bytes.
+    """
 
     number: int
     path: str
+    stop: int | None = None
 
 
 @dataclass
@@ -124,10 +128,13 @@ def _reader(source: Source, intake: Intake) -> Reader:
     return lambda file: read_huggingface(file, fields, limit)
 
 
-def _records(path: str, reader: Reader) -> Iterator[Document | Reject]:
+def _records(wanted: InputFile, reader: Reader) -> Iterator[Document | Reject]:
     try:
-        with Input(path) as file:
-            yield from reader(file)
+        with Input(wanted.path) as file:
+            for record in reader(file):
+                yield record
+                if wanted.stop is not None and file.tell() >= wanted.stop:
+                    return
     except SourceError as error:
         yield Reject(error.reason, error.detail)
 
@@ -139,7 +146,7 @@ def _documents(
     for file in files:
         count = FileCount(file.number)
         counts.append(count)
-        for record in _records(file.path, reader):
+        for record in _records(file, reader):
             doc_id = file.number << RECORD_BITS | count.records
             count.records += 1
             if isinstance(record, Document):
