@@ -93,7 +93,7 @@ def groups(texts: Sequence[str], chars: int = GROUP_CHARS) -> Iterator[slice]:
     """Where to cut `texts` so that each part holds about `chars` code points, and one text at least."""
     first = size = 0
     for index, text in enumerate(texts):
-        if size and size + len(text) > chars:
+        if index > first and size + len(text) > chars:
             yield slice(first, index)
             first, size = index, 0
         size += len(text)

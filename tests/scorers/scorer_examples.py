@@ -1,0 +1,67 @@
+"""A small example of each scorer: the parameters of its spec, after its model was made in an empty folder.
+
+The contract tests run over EXAMPLES, so a new scorer joins them by an entry here.
+"""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PROSE = "The water wheel turns slowly, and the stones grind barley with care."
+
+
+def tokenizer_file(folder: Path) -> str:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["</s>", "[PAD]"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([PROSE], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return str(folder / "tokenizer.json")
+
+
+def fasttext_file(folder: Path) -> str:
+    """Fruit is good, metal is bad. All vectors are given: with one thread the library leaves most of its own unset."""
+    import fasttext
+
+    rng = random.Random(0)
+    words = {
+        "good": ["apple", "banana", "cherry", "date", "elder", "fig", "grape", "the", "and", "of"],
+        "bad": ["iron", "steel", "copper", "zinc", "lead", "gold", "tin", "x", "be", "to"],
+    }
+    lines = [f"__label__{label} {' '.join(rng.choices(words[label], k=6))}" for label in ("good", "bad") * 100]
+    vocabulary = [*words["good"], *words["bad"], "</s>"]
+    vectors = [f"{word} {' '.join(f'{rng.uniform(-0.2, 0.2):.4f}' for _ in range(4))}" for word in vocabulary]
+    Path(folder, "lines.txt").write_text("\n".join(lines) + "\n")
+    Path(folder, "vectors.vec").write_text("\n".join([f"{len(vectors)} 4", *vectors]) + "\n")
+    model = fasttext.train_supervised(
+        str(folder / "lines.txt"), dim=4, thread=1, verbose=0, pretrainedVectors=str(folder / "vectors.vec")
+    )
+    model.save_model(str(folder / "model.bin"))
+    return str(folder / "model.bin")
+
+
+def tokens(folder: Path) -> dict[str, Any]:
+    return {"tokenizer": tokenizer_file(folder)}
+
+
+def fasttext(folder: Path) -> dict[str, Any]:
+    return {"model": fasttext_file(folder), "label": "__label__good"}
+
+
+def no_parameters(_: Path) -> dict[str, Any]:
+    return {}
+
+
+EXAMPLES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "tokens": tokens,
+    "language": no_parameters,
+    "gopher": no_parameters,
+    "duplicates": no_parameters,
+    "fasttext": fasttext,
+}
