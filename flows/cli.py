@@ -61,8 +61,10 @@ def run(recipe: RecipeArgument, lake: LakeOption, workers: Workers = CPUS) -> No
     """Do all that the recipe says, as one Prefect flow: ingest, score, weigh, mix, export."""
     graph = _graph(recipe)
     from flows.curate import curate
+    from flows.prefect_server import prefect_api
 
-    curate(recipe=graph.recipe, lake=str(lake), workers=workers)
+    with prefect_api():
+        curate(recipe=graph.recipe, lake=str(lake), workers=workers)
 
 
 def _stage(stages: tuple[str, ...], help: str) -> Callable[..., None]:

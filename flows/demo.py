@@ -44,6 +44,7 @@ SELECT coalesce(quality.reason, 'kept') AS quality, count(*) AS documents, round
 def main() -> None:
     """Build the corpus and the recipe in demo/, run the flow, and show what came of it."""
     from flows.curate import curate
+    from flows.prefect_server import prefect_api
     from flows.show import show
 
     begun = time.monotonic()
@@ -55,7 +56,8 @@ def main() -> None:
         template = Path(__file__).with_name("recipes") / "demo.toml"
         recipe.write_text(template.read_text().replace("{model}", str(_model())))
         _say(f"corpusmill run {recipe} --lake {FOLDER}/lake")
-        curate(recipe=Graph(Recipe.load(recipe)).recipe, lake=str(FOLDER / "lake"), workers=CPUS)
+        with prefect_api():
+            curate(recipe=Graph(Recipe.load(recipe)).recipe, lake=str(FOLDER / "lake"), workers=CPUS)
     except RecipeError as error:
         sys.exit(f"error: {error}")
     lake = Lake(FOLDER / "lake")
