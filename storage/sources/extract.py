@@ -24,6 +24,7 @@ Extractor = Literal["resiliparse", "trafilatura"]
 MAX_DEPTH = 512
 """Elements inside elements; Blink's limit too. resiliparse's main-content rules take time by its square."""
 
+_MANY_TAGS = 4096  # fewer take no time, however they are nested
 _DEEP = " > ".join(["*"] * MAX_DEPTH)
 _LONG_TAG = re.compile(r"<[a-zA-Z][^<>]{65536,}")
 _QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
@@ -59,7 +60,7 @@ def html_extractor(name: Extractor) -> Callable[[str], Page]:
             tree: Any = HTMLTree.parse(html)
         except HTMLParserException as error:
             raise SourceError("broken_html", str(error)) from error
-        if html.count("<") > MAX_DEPTH and tree.document.query_selector(_DEEP):
+        if html.count("<") > _MANY_TAGS and tree.document.query_selector(_DEEP):
             raise SourceError("broken_html", f"nested deeper than {MAX_DEPTH} elements")
         root = tree.document.query_selector("html")
         language = root.getattr("lang") if root else None

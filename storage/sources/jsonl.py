@@ -19,14 +19,13 @@ def read_jsonl(file: Input, mapping: Mapping, limit: int) -> Iterator[Document |
         limit: bytes of a line; a longer one is passed over without being held.
     """
     cursor = Cursor(file)
-    first = True
     try:
+        head = cursor.peek()[:4096]
+        if b"\0" in head and not head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+            yield Reject("bad_format", f"no JSON lines in UTF-8: the file begins with {head[:40]!r}", offset=0)
+            return
         offset = cursor.offset
         while line := cursor.line(limit + 1):
-            if first and b"\0" in line:
-                yield Reject("bad_format", f"no JSON lines in UTF-8: the file begins with {line[:40]!r}", offset=offset)
-                return
-            first = False
             size = len(line)
             if size > limit and not line.endswith(b"\n"):
                 line = b""

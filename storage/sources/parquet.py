@@ -16,7 +16,8 @@ from storage.sources.streams import Input
 ROWS = 256
 """Rows held as Python objects at a time."""
 
-_BROKEN = (pa.ArrowException, OSError)
+_BROKEN = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last: a damaged name of a column
+_ODD = (ValueError, ArithmeticError, pa.ArrowException)  # bytes that are no text, dates and decimals beyond Python's
 
 
 def read_parquet(file: Input, mapping: Mapping) -> Iterator[Document | Reject]:
@@ -46,6 +47,11 @@ def read_arrow(file: Input, mapping: Mapping) -> Iterator[Document | Reject]:
     rows = 0
     try:
         for batch in _batches(file, magic):
+            try:
+                batch.validate(full=True)  # offsets are taken as they are stored: a wrong one would end the process
+            except pa.ArrowInvalid as error:
+                yield Reject("broken_record", f"a batch of {batch.num_rows} rows after row {rows}: {error}"[:300])
+                continue
             for start in range(0, batch.num_rows, ROWS):
                 for row in _rows(batch.slice(start, ROWS)):
                     rows += 1
@@ -72,7 +78,7 @@ def _values(column: pa.Array) -> list[Any]:
     """Python values of a column. Strings that are not UTF-8 stay bytes; dates that Python has not become text."""
     try:
         return list(column.to_pylist())
-    except (ValueError, OverflowError, pa.ArrowException):
+    except _ODD:
         return [_value(scalar) for scalar in column]
 
 
@@ -85,5 +91,5 @@ def _value(scalar: pa.Scalar) -> Any:
         if isinstance(scalar, pa.ListScalar):
             return [_value(inner) for inner in scalar.values]
         return scalar.as_buffer().to_pybytes()
-    except (ValueError, OverflowError, pa.ArrowException):
+    except _ODD:
         return str(scalar.cast(pa.string()))

@@ -41,6 +41,8 @@ class Input(io.RawIOBase):
                 self._file: Any = fsspec.open(path, "rb").open()
             else:
                 self._file = open(Path(path), "rb")  # noqa: SIM115 - closed by close()
+            self._size = int(self._file.seek(0, io.SEEK_END))
+            self._file.seek(0)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -53,6 +55,8 @@ class Input(io.RawIOBase):
 
     def read(self, size: int | None = -1, /) -> bytes:
         with self._translated():
+            if size is not None and size > PIECE:  # a damaged length may ask for more than there is memory
+                size = max(0, min(size, self._size - self._file.tell()))
             return bytes(self._file.read(size))
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
@@ -267,6 +271,10 @@ class Cursor:
         """Whether the next byte begins a compressed frame with what the caller's frames begin with."""
         begins = self._at == 0 and not self._block.stored and self._block.offset is not None
         return bool(begins and self._opening and self._opening.match(self._block.data))
+
+    def peek(self) -> bytes:
+        """The next bytes, as many as are at hand; empty at the end."""
+        return self._block.data[self._at :] if self._more() else b""
 
     def line(self, limit: int) -> bytes:
         """Up to and with the next line feed, at most `limit` bytes; empty at the end."""
