@@ -38,10 +38,10 @@ DType = Literal["float32", "bfloat16"]
 CONTEXT = 2048
 """Tokens of a window when the recipe names none and the model allows it: attention's cost grows with the window, while
 tokens gain little from more context than this."""
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of one forward pass, padding included. A CPU is fastest while a layer's activations stay in its cache."""
-BLOCK = 1 << 25
-"""Float32 logits held at once (128 MiB)."""
+BLOCK = {"cpu": 1 << 23, "cuda": 1 << 28}
+"""Float32 logits held at once (32 MiB: the cache again; 1 GiB: the output embedding is read once a block)."""
 FULL_LOGITS = 1 << 29
 """The same, for a model whose logits cannot be had block by block (2 GiB)."""
 TOKENIZE_CHARACTERS = 1 << 22
@@ -208,7 +208,8 @@ class CausalLM:
         """
         import torch
 
-        limit = BATCH_TOKENS.get(self._device.type, BATCH_TOKENS["cpu"])
+        kind = "cpu" if self._device.type == "cpu" else "cuda"
+        limit = BATCH_TOKENS[kind]
         model, body, head = self._model, self._model.base_model, self._model.get_output_embeddings()
 
         def hidden_states(ids: torch.Tensor) -> torch.Tensor:
@@ -216,7 +217,7 @@ class CausalLM:
             return hidden
 
         def in_blocks(rows: Callable[[slice], torch.Tensor], expected: torch.Tensor) -> torch.Tensor:
-            step = max(1, BLOCK // vocabulary)
+            step = max(1, BLOCK[kind] // vocabulary)
             blocks = [slice(start, start + step) for start in range(0, len(expected), step)]
             return torch.cat([token_log_probs(rows(block), expected[block]) for block in blocks])
 

@@ -257,7 +257,7 @@ def test_logits_that_are_more_than_the_output_embedding(rust: Tokenizer, tmp_pat
 def test_block_size_does_not_matter(model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = CausalLM(model_dir, bos=None)
     whole = model([SENTENCE])[0].log_probs
-    monkeypatch.setattr(forward, "BLOCK", 1000)
+    monkeypatch.setitem(forward.BLOCK, "cpu", 1000)
     np.testing.assert_allclose(model([SENTENCE])[0].log_probs, whole, rtol=1e-5)
 
 
