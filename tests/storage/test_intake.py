@@ -133,3 +133,15 @@ def test_a_page_of_a_crawl_becomes_a_document(tmp_path):
     assert json.loads(first["rights"]) == {"x_robots_tag": "noai"}
     assert json.loads(first["metadata"])["title"] == "T"
     assert first["crawled_at"] is None
+
+
+def test_the_other_extractor_is_an_option(tmp_path):
+    http = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n<html><body><article><p>" + b"Some words here. " * 40
+    head = f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: http://a.org/\r\nContent-Length: {len(http)}\r\n\r\n"
+    (tmp_path / "crawl").write_bytes(head.encode() + http)
+    source = Source(name="pool", format="warc", path="unused")
+    intake = Intake(extractor="trafilatura")
+    taken = take_in([InputFile(0, str(tmp_path / "crawl"))], source, intake, str(tmp_path / "data"), TABLES)
+    (document,) = rows(tmp_path, taken.documents).to_pylist()
+    assert document["extractor"].startswith("trafilatura ")
+    assert document["text"].startswith("Some words here.")
