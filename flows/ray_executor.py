@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from threading import Lock
 from types import ModuleType
 from typing import Any, Generic, Self
@@ -88,7 +89,8 @@ class RayExecutor:
         """Ray, connected.
 
         The kernel kills Ray's processes when the *thread* that started them ends (PR_SET_PDEATHSIG). So they die with a
-        driver that is killed; and so that they do not die with a Prefect task, a thread of our own starts them.
+        driver that is killed (its workers within 3 s; two idle agents of Ray's give up after a minute); and so that
+        they do not die with a Prefect task, a thread of our own starts them.
         """
         for name, value in _BEFORE_IMPORT.items():
             os.environ.setdefault(name, value)
@@ -121,7 +123,7 @@ class RayExecutor:
         return size, Resources("cuda" if gpus else "cpu", max(1, threads)), options
 
 
-_BEFORE_IMPORT = {
+_BEFORE_IMPORT = {  # Ray reads its environment when it is imported
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # SIGTERM ends the driver without a C++ stack trace
     "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed",  # we say it ourselves, of the item
@@ -166,8 +168,12 @@ class _Worker:
 
     def __init__(self, process: Any, loading: Any) -> None:
         self.process = process
-        self.loading = loading  # the future of load(); None when it is done
+        self.loading = loading  # the future of load(); None when it is ready for items
         self.items: deque[tuple[int, Any]] = deque()  # (number, future), in the order in which they are done
+
+    @property
+    def ready(self) -> bool:
+        return self.loading is None
 
     @property
     def next(self) -> Any:
@@ -201,11 +207,12 @@ class _Pool(Generic[Item, Result]):
         for worker in [worker for worker in self.workers if not worker.items][: max(0, len(self.workers) - wanted)]:
             self._drop(worker)
         while len(self.workers) < wanted:
-            process = self.process.remote(sys.path, _environment(self.resources.threads))
+            paths = [os.path.abspath(path) for path in sys.path if Path(path).exists()]  # the user's own scorers
+            process = self.process.remote(paths, _environment(self.resources.threads))
             self.workers.append(_Worker(process, process.load.remote(self.make, self.resources)))
         for depth in range(IN_FLIGHT):
             for worker in self.workers:
-                if worker.loading is None and len(worker.items) == depth and (not depth or len(todo) > self.size):
+                if worker.ready and len(worker.items) == depth and (not depth or len(todo) > self.size):
                     number = todo.take()
                     if number is None:
                         return
@@ -221,9 +228,9 @@ class _Pool(Generic[Item, Result]):
         for future in self.ray.wait(list(futures), timeout=todo.pause() if idle else None)[0]:
             worker = futures[future]
             tried, lost = self._answer(future)
-            if worker.loading is not None:
-                worker.loading = None
+            if not worker.ready:
                 self._loaded(tried, lost)
+                worker.loading = None
             else:
                 number, _ = worker.items.popleft()
                 yield number, tried
@@ -248,9 +255,13 @@ class _Pool(Generic[Item, Result]):
             return Raised(ShardError("its worker died: killed, out of memory, or crashed"), "again", str(error)), True
 
     def _loaded(self, tried: Done[Any] | Raised, lost: bool) -> None:
-        """Raises what keeps every worker from its work."""
+        """Raises what keeps every worker from its work; goes on with fewer when there is no room for one more."""
         self.lost_loading = self.lost_loading + 1 if lost else 0
-        if isinstance(tried, Raised) and not (lost and self.lost_loading < ATTEMPTS):
+        if self.lost_loading == ATTEMPTS:
+            self.size, self.lost_loading = sum(worker.ready for worker in self.workers), 0
+            if not self.size:
+                raise ShardError(f"{ATTEMPTS} workers died before their first item; fewer workers need less memory")
+        if isinstance(tried, Raised) and not lost:
             if not isinstance(tried.error, RecipeError):
                 tried.error.add_note(f"while a worker was made ready:\n{tried.traceback}")
             raise tried.error

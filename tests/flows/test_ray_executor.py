@@ -17,6 +17,11 @@ from storage.errors import RecipeError, SchemaError, ShardError
 ITEMS = list(range(24))
 
 
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch):
+    monkeypatch.setattr("pipelines.execute.PAUSES", (0.01, 0.02))
+
+
 @pytest.fixture(scope="module")
 def ray():
     """A Ray of four places that believes in two GPUs; executors in this process share it."""
@@ -150,8 +155,18 @@ def test_other_errors_of_make_reach_the_caller(two):
         os.kill(os.getpid(), signal.SIGKILL)
         return lambda item: item
 
-    with pytest.raises(ShardError, match="died"):
+    with pytest.raises(ShardError, match="3 workers died"):
         list(two.map(killed, ITEMS))
+
+
+def test_a_worker_for_which_there_is_no_room_is_done_without(two, tmp_path):
+    def make(resources: Resources) -> Callable[[int], int]:
+        if list(tmp_path.iterdir()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        (tmp_path / "taken").touch()
+        return lambda item: time.sleep(0.1) or item
+
+    assert sorted(two.map(make, ITEMS)) == [(item, item) for item in ITEMS]
 
 
 def test_no_more_is_begun_than_two_items_per_worker_ahead_of_the_caller(two, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.execute import ATTEMPTS, Failed, Resources, Serial
+from pipelines.execute import ATTEMPTS, Failed, Raised, Resources, Serial, Todo
 from storage.errors import LockedError, RecipeError, SchemaError, ShardError
 
 
@@ -109,3 +109,17 @@ def test_an_error_of_make_is_the_callers(error):
 
     with pytest.raises(type(error), match=str(error)):
         list(Serial().map(make, [1]))
+
+
+def test_an_item_that_was_never_begun_is_next_and_loses_no_attempt():
+    todo = Todo[str, int](["a", "b"])
+    for _ in range(ATTEMPTS):
+        assert todo.take() == 0
+        todo.put_back(0)
+    assert (todo.take(), todo.take(), todo.take()) == (0, 1, None)
+    assert list(todo.settle(1, Raised(ShardError("busy"), "again"))) == []
+    assert (len(todo), todo.unfinished) == (1, 2)
+    assert 0 < todo.pause() <= 0.01
+    [(item, failed)] = todo.settle(0, Raised(SchemaError("rows"), "fail"))
+    assert (item, failed.attempts) == ("a", 1)
+    assert (len(todo), todo.unfinished) == (1, 1)
