@@ -5,6 +5,7 @@ gigabytes. This one watches its parent. Its database is Prefect's own (~/.prefec
 `prefect server start`.
 """
 
+import logging
 import os
 import socket
 import subprocess
@@ -35,6 +36,8 @@ def prefect_api() -> Iterator[None]:
         with temporary_settings({PREFECT_API_URL: url}):
             yield
     finally:
+        for handler in logging.getLogger("prefect.flow_runs").handlers:
+            handler.flush()  # log lines on their way to the API
         server.terminate()
         server.wait()
 
