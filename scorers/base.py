@@ -49,6 +49,9 @@ class Spec(BaseModel):
     libraries: ClassVar[tuple[str, ...]] = ()
     """Distributions whose version can change a value."""
 
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # a mapping among the parameters has no hash of its own
+
     @property
     @abstractmethod
     def columns(self) -> tuple[Column, ...]:

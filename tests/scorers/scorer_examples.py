@@ -54,6 +54,28 @@ def fasttext(folder: Path) -> dict[str, Any]:
     return {"model": fasttext_file(folder), "label": "__label__good"}
 
 
+def language_model(folder: Path) -> dict[str, Any]:
+    """Two layers with random weights, seeded."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_file(tokenizer_file(folder))
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=128, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
+    return {
+        "model": str(folder / "model"),
+        "measures": ["bits_per_byte", "nats_per_token", "n_tokens", "min_k"],
+    }
+
+
+def color_filter(_: Path) -> dict[str, Any]:
+    return {"inputs": {"prior": "before.nats_per_token", "conditional": "after.nats_per_token"}}
+
+
 def no_parameters(_: Path) -> dict[str, Any]:
     return {}
 
@@ -64,4 +86,6 @@ EXAMPLES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "gopher": no_parameters,
     "duplicates": no_parameters,
     "fasttext": fasttext,
+    "language_model": language_model,
+    "color_filter": color_filter,
 }
