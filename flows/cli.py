@@ -28,6 +28,9 @@ app = typer.Typer(
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a TOML file.")]
 LakeOption = Annotated[Path, typer.Option("--lake", metavar="DIR", help="The lake's folder.")]
+CatalogOption = Annotated[
+    str, typer.Option("--catalog", metavar="URL", help="PostgreSQL for a new lake's catalog; SQLite when left out.")
+]
 Workers = Annotated[
     int, typer.Option("--workers", min=0, help="Worker processes on Ray; 0 runs everything in this process.")
 ]
@@ -57,14 +60,14 @@ def check(
 
 
 @app.command()
-def run(recipe: RecipeArgument, lake: LakeOption, workers: Workers = CPUS) -> None:
+def run(recipe: RecipeArgument, lake: LakeOption, workers: Workers = CPUS, catalog: CatalogOption = "") -> None:
     """Do all that the recipe says, as one Prefect flow: ingest, score, weigh, mix, export."""
     graph = _graph(recipe)
     from flows.curate import curate
     from flows.prefect_server import prefect_api
 
     with prefect_api():
-        curate(recipe=graph.recipe, lake=str(lake), workers=workers)
+        curate(recipe=graph.recipe, lake=str(lake), workers=workers, catalog=catalog)
 
 
 def _stage(stages: tuple[str, ...], help: str) -> Callable[..., None]:

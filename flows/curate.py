@@ -27,12 +27,13 @@ from storage.sql import nearest
 
 
 @flow(name="corpusmill", flow_run_name="{recipe.name}", validate_parameters=False)
-def curate(recipe: Recipe, lake: str, workers: int) -> dict[str, Any]:
+def curate(recipe: Recipe, lake: str, workers: int, catalog: str = "") -> dict[str, Any]:
     """Ingest, score, weigh, mix and export as the recipe says. Returns the counts of every step.
 
     Args:
         lake: the lake's folder; made where there is none.
         workers: Ray workers; 0 runs everything in this process.
+        catalog: PostgreSQL URL for the catalog of a new lake; SQLite when empty.
     """
     if not isinstance(recipe, Recipe):  # from a deployment it comes as JSON
         recipe = Recipe.of(recipe)
@@ -54,7 +55,9 @@ def curate(recipe: Recipe, lake: str, workers: int) -> dict[str, Any]:
         entry()
 
     with executor(workers) as workers_at_hand:
-        return _all(Graph(recipe), Path(lake), workers_at_hand, as_task)
+        graph = Graph(recipe)
+        Lake.create(lake, catalog).close()
+        return _all(graph, Path(lake), workers_at_hand, as_task)
 
 
 def work(

@@ -3,14 +3,16 @@
     LAKE/lake.toml        format version, catalog URL
     LAKE/catalog.sqlite   names, schemas, snapshots (or PostgreSQL, by URL)
     LAKE/data/main/...    Parquet: our shards and DuckLake's own small files
-    LAKE/locks/           one file per table that a run writes, held by flock
+    LAKE/locks/           one file per table that a run writes, held by flock (on PostgreSQL: advisory locks)
 
 Why each option of `attach`: without WAL an open reader makes a writer's commit fail; with inlining, quotes inside
-STRUCT strings were lost. DuckLake's own merge, rewrite, clean-up and inlining calls are never used: they break the alignment
-of shards, or delete files that are live.
+STRUCT strings were lost. DuckLake's own merge, rewrite, clean-up and inlining calls are never used: they break the
+alignment of shards, or delete files that are live.
 """
 
 import fcntl
+import hashlib
+import json
 import os
 import random
 import socket
@@ -21,7 +23,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import duckdb
 
@@ -43,7 +45,7 @@ def create(folder: Path, catalog: str = "") -> None:
         (folder / "data" / "main").mkdir(parents=True, exist_ok=True)
         (folder / "locks").mkdir(exist_ok=True)
         aside = folder / f".lake.toml.{os.getpid()}"
-        aside.write_text(f'format = {FORMAT}\ncatalog = "{catalog}"\n')
+        aside.write_text(f"format = {FORMAT}\ncatalog = {json.dumps(catalog)}\n")
         os.rename(aside, folder / "lake.toml")
 
 
@@ -53,14 +55,8 @@ def attach(folder: Path, *, read_only: bool = False) -> duckdb.DuckDBPyConnectio
     Raises RecipeError where there is no lake, or one of a newer format.
     """
     folder = folder.resolve()
-    try:
-        settings = tomllib.loads((folder / "lake.toml").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise RecipeError(f"no lake at {folder}; make one with: corpusmill run RECIPE --lake {folder}") from None
-    if settings["format"] > FORMAT:
-        raise RecipeError(f"{folder} is a lake of format {settings['format']}; upgrade corpusmill (it reads {FORMAT})")
+    url = _settings(folder)["catalog"]
     con = duckdb.connect(config={"allow_unsigned_extensions": "false", "autoinstall_known_extensions": "false"})
-    url = settings["catalog"]
     backend, store = ("postgres", url) if url else ("sqlite", str(folder / "catalog.sqlite"))
     load_extensions(con, "ducklake", "postgres_scanner" if url else "sqlite_scanner")
     options = [f"DATA_PATH {quote(str(folder / 'data') + '/')}", "DATA_INLINING_ROW_LIMIT 0"]
@@ -71,6 +67,16 @@ def attach(folder: Path, *, read_only: bool = False) -> duckdb.DuckDBPyConnectio
     con.execute(f"ATTACH {quote(f'ducklake:{backend}:{store}')} AS lake ({', '.join(options)})")
     con.execute("SET arrow_large_buffer_size = true; SET TimeZone = 'UTC'; SET enable_progress_bar = false")
     return con
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        settings = tomllib.loads((folder / "lake.toml").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise RecipeError(f"no lake at {folder}; make one with: corpusmill run RECIPE --lake {folder}") from None
+    if settings["format"] > FORMAT:
+        raise RecipeError(f"{folder} is a lake of format {settings['format']}; upgrade corpusmill (it reads {FORMAT})")
+    return settings
 
 
 def load_extensions(con: duckdb.DuckDBPyConnection, *names: str) -> None:
@@ -136,10 +142,19 @@ def _may_pass(error: duckdb.Error) -> bool:
 
 @contextmanager
 def locked(folder: Path, table: str, who: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of a table for as long as the context lasts; the kernel frees it when the process dies.
+    """Hold the lock of a table for as long as the context lasts; it is freed when the process dies, however it dies.
 
+    On SQLite it is a file lock in the lake's folder; on PostgreSQL an advisory lock, which other machines see too.
     Raises LockedError, naming the holder, when another process has it (unless told to `wait`).
     """
+    who = f"{who} (pid {os.getpid()} on {socket.gethostname()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC)"
+    url = _settings(folder)["catalog"]
+    with _advisory_lock(url, table, who, wait) if url else _file_lock(folder, table, who, wait):
+        yield
+
+
+@contextmanager
+def _file_lock(folder: Path, table: str, who: str, wait: bool) -> Iterator[None]:
     with open(folder / "locks" / f"{table}.lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -147,10 +162,32 @@ def locked(folder: Path, table: str, who: str, *, wait: bool = False) -> Iterato
             file.seek(0)
             raise LockedError(f"table {table} is being written by {file.read().strip() or 'another run'}") from None
         file.truncate(0)
-        file.write(
-            f"{who} (pid {os.getpid()} on {socket.gethostname()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC)"
-        )
+        file.write(who)
         file.flush()
+        yield
+
+
+@contextmanager
+def _advisory_lock(url: str, table: str, who: str, wait: bool) -> Iterator[None]:
+    """A transaction on a connection of its own holds the lock; the session's name says who."""
+    key = int.from_bytes(hashlib.sha256(table.encode()).digest()[:8], "big", signed=True)
+    with duckdb.connect() as con:
+        load_extensions(con, "postgres_scanner")
+        con.execute(f"ATTACH {quote(url)} AS pg (TYPE postgres, READ_ONLY)")
+
+        def ask(select: str) -> Any:
+            return con.execute(f"FROM postgres_query('pg', {quote(select)})").fetchone()
+
+        con.execute("BEGIN")
+        ask(f"SELECT set_config('application_name', {quote(who[:63])}, true)")
+        if wait:
+            ask(f"SELECT pg_advisory_xact_lock({key})::text")
+        elif ask(f"SELECT pg_try_advisory_xact_lock({key})") != (True,):
+            holder = ask(
+                "SELECT application_name FROM pg_locks JOIN pg_stat_activity USING (pid) WHERE locktype = 'advisory' "
+                f"AND granted AND (classid::bigint << 32 | objid::bigint) = {key}"
+            )
+            raise LockedError(f"table {table} is being written by {holder[0] if holder else 'another run'}")
         yield
 
 

@@ -107,7 +107,8 @@ class Lake:
             raise QueryError(f"no recipe {schema!r} in this lake{sql.nearest(schema, self._schemas(con))}")
         con.execute(f"USE lake.{name(schema)}")
         relations = [row[0] for row in self._rows_of(con, _VIEWS, [schema])]
-        sql.check_query(query, relations, MACROS)
+        macros = [row[0] for row in self._rows_of(con, _TABLE_MACROS, [schema])]
+        sql.check_query(query, relations, macros)
         sql.lock(con, self.data)
         try:
             reader: pa.RecordBatchReader = con.execute(query).to_arrow_reader(rows)
@@ -338,6 +339,10 @@ class LakeSpace:
         return self._con.execute(select).to_arrow_reader(100_000)
 
 
+_TABLE_MACROS = (
+    "SELECT function_name FROM duckdb_functions() "
+    "WHERE database_name = 'lake' AND schema_name = ? AND function_type = 'table_macro'"
+)
 _VIEWS = "SELECT view_name FROM duckdb_views() WHERE database_name = 'lake' AND schema_name = ?"
 
 

@@ -35,7 +35,8 @@ def given(groups: Sequence[str], share: Mapping[str, float]) -> tuple[Array, flo
 
 def water_fill(weights: Array, caps: Array) -> Array | None:
     """The weights nearest to `weights` that respect `caps`: who is over its cap gets the cap, and the rest is shared
-    out in proportion, until nobody is over. None where the caps sum to less than 1 (or only groups without weight have room).
+    out in proportion, until nobody is over. None where the caps sum to less than 1, or
+    only groups without weight have room.
 
     >>> water_fill(np.array([0.5, 0.3, 0.2]), np.array([0.08, 0.8, 1.6])).round(3).tolist()
     [0.08, 0.552, 0.368]
