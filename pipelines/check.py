@@ -12,6 +12,7 @@ from pipelines.ingest import missing
 from pipelines.recipe import Recipe
 from pipelines.run import Run, perform, recorded, steps
 from pipelines.score import todo
+from storage.errors import RecipeError
 from storage.lake import Lake
 from storage.sources import list_files
 
@@ -59,7 +60,7 @@ def _scored(run: Run | None, name: str) -> str:
         return "reused" if old is not None and old.input == run.states[name] else "to compute"
     try:
         left = todo(run, entry)
-    except KeyError:  # a table that `where` reads is not complete yet
+    except RecipeError:  # a table that it reads is not up to date yet
         return "to compute, when what it reads is there"
     rows = sum(item.rows for item in left)
     return f"{len(documents) - len(left)} shards reused, {len(left)} to do ({rows:,} documents)"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.execute import Resources
+from pipelines.mix import current
 from pipelines.run import Counts, Run
 from storage.errors import RecipeError
 from storage.exports import ExportFile, Scattered, finish, gather, scatter, settle, shard_count
@@ -32,11 +33,11 @@ def export(run: Run, name: str) -> Counts:
     table = run.graph.mixture_table(wish.mixture)
     seed = recipe.seed if wish.seed is None else wish.seed
     final = folder(run, name)
-    mixed, documents = lake.shards(table), run.documents()
-    if mixed.keys() != documents.keys():
+    if not current(run, wish.mixture):
         raise RecipeError(
-            f"exports.{name}: mixture {wish.mixture} is not up to date; run: corpusmill mix RECIPE --lake DIR"
+            f"exports.{name}: mixture {wish.mixture} is not up to date; run: corpusmill mix RECIPE --lake {lake.folder}"
         )
+    mixed, documents = lake.shards(table), run.documents()
     rows = lake.rows("SELECT record FROM lake.main.mixtures WHERE recipe = ? AND name = ?", [recipe.name, wish.mixture])
     record = json.loads(rows[0][0])
     content = {

@@ -10,28 +10,48 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.graph import Entry, Graph, closure, layered
-from pipelines.run import Run
+from pipelines.graph import Entry, Graph
+from pipelines.layers import Reference, closure, layered
+from pipelines.run import Run, wanted
+from storage.errors import RecipeError
 from storage.lake import check_aligned, run_sql
 from storage.shards import read_shard
 
-Reference = tuple[str | None, str]
 Paths = Mapping[str, str]
+INGESTED = "ingest"
+"""The `input` of shards that ingest writes."""
 
 
 def paths_of(run: Run, references: Iterable[Reference]) -> dict[str, dict[str, str]]:
-    """Per entry that the references lead to: its file for every document shard."""
+    """Per entry that the references lead to: its file for every document shard.
+
+    Raises RecipeError, with the command that helps, for each entry that is not up to date: what was computed for
+    another `where`, or beside other documents, must not pass for what the recipe says now.
+    """
     documents = run.documents()
     tables: dict[str, dict[str, str]] = {}
+    problems = []
     for name in closure(run.graph, references):
         entry = run.graph.entries.get(name)
         if entry is None or entry.kind == "rules":
             continue
         shards = run.lake.shards(entry.table)
         if entry.kind == "reduce":
-            tables[name] = dict.fromkeys(documents, shards["all"].path)
+            whole = shards.get("all")
+            left = 0 if whole is not None and whole.input == run.states[name] else len(documents)
+            tables[name] = dict.fromkeys(documents, whole.path if whole else "")
         else:
-            tables[name] = {shard: shards[shard].path for shard in documents}
+            key = run.key(name)
+            inputs = {s: INGESTED if entry.kind == "adopted" else wanted(d.sha256, key) for s, d in documents.items()}
+            left = sum(shard not in shards or shards[shard].input != made for shard, made in inputs.items())
+            tables[name] = {shard: shards[shard].path for shard in documents if shard in shards}
+        if left:
+            problems.append(
+                f"scores.{name}: {left} of {len(documents)} shards are not up to date; "
+                f"run: corpusmill score RECIPE --lake {run.lake.folder}"
+            )
+    if problems:
+        raise RecipeError(*problems)
     return tables
 
 
@@ -60,7 +80,7 @@ def evaluate(
 ) -> pa.Table:
     """The expressions' values for every row of a shard, in its order."""
     needed = closure(graph, references)
-    selected = ", ".join(f'{sql} AS "{alias or "ready"}"' for alias, sql in expressions.items())
+    selected = ", ".join(f"{sql} AS c{i}" for i, sql in enumerate(expressions.values()))
     query = f"SELECT {selected} FROM ({layered(graph, needed, 'shard')})"
     table = run_sql(query, shard=frame(graph, data, paths, needed))
     return table.rename_columns(list(expressions))
@@ -70,7 +90,7 @@ def covered(graph: Graph, entry: Entry, data: str, paths: Paths, rows: int) -> n
     """For every row of a shard whether the entry's `where` is true there, [rows] of bool."""
     if entry.where is None:
         return np.ones(rows, dtype=bool)
-    table = evaluate(graph, data, paths, entry.where.references, {"wanted": f"coalesce(({entry.where.sql}), false)"})
+    table = evaluate(graph, data, paths, entry.where.references, {"wanted": f"coalesce({entry.where.sql}, false)"})
     found: np.ndarray = table.column(0).to_numpy()
     return found
 
@@ -80,6 +100,7 @@ def _sparse(data: str, path: str, ids: pa.ChunkedArray, columns: list[str], entr
     schema = pa.schema([field for field in entry.schema if field.name in columns])
     if len(ids) == 0:
         return schema.empty_table()
+    columns = schema.names
     within = [("doc_id", ">=", ids[0].as_py()), ("doc_id", "<=", ids[-1].as_py())]
     found = pq.read_table(f"{data}/{path}", columns=["doc_id", *columns], filters=within, partitioning=None)
     index = pc.index_in(ids, value_set=found.column("doc_id"))

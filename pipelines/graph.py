@@ -9,6 +9,7 @@ the entry's *key*, which says what a shard's rows were wanted for:
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,11 +20,12 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from pipelines.recipe import Mixture, Recipe, RuleSet, Selection, Weights
+from pipelines.layers import check_types, plain_column
+from pipelines.recipe import RESERVED, Mixture, Recipe, RuleSet, Selection, Weights
 from scorers.base import ColumnsSpec, ReduceSpec, Spec
 from storage.errors import QueryError, RecipeError
 from storage.schema import DOCUMENTS, Column, score_schema
-from storage.sql import Expression, Scope, check_expression, check_order, nearest
+from storage.sql import Expression, Scope, check_expression, check_order, check_query, nearest
 
 ADOPTED = {"double": pa.float64(), "bigint": pa.int64(), "boolean": pa.bool_(), "varchar": pa.string()}
 RULES = Path(__file__).parent / "rules"
@@ -88,7 +90,7 @@ class Graph:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self._problems: list[str] = [*recipe.ingest.problems()]
-        self.documents_fingerprint = recipe.ingest.fingerprint()
+        self.documents_fingerprint = "" if self._problems else recipe.ingest.fingerprint()
         self.documents = f"documents__{self.documents_fingerprint[:8]}"
         self.rejects = f"rejects__{self.documents_fingerprint[:8]}"
         self.sources = tuple(sorted(source.name for source in recipe.sources))
@@ -99,9 +101,14 @@ class Graph:
             documents=tuple(DOCUMENTS.names),
             entries={entry.name: ["computed", *(c.name for c in entry.columns)] for entry in self.entries.values()},
         )
+        self._check_names()
+        self._compile_reads()
+        self._compile_rules()
         self._compile_wheres()
         self._sort()
         self._compile_selections()
+        if not self._problems:
+            self._problems += check_types(self)
         if self._problems:
             raise RecipeError(*self._problems)
 
@@ -119,14 +126,18 @@ class Graph:
             )
             text = json.dumps([self.documents_fingerprint, sorted(adopted.items())])
             self._add(Entry("adopted", "adopted", columns, fingerprint=_hash(text)))
+        taken = {*self.recipe.scores, *self.recipe.rules, *self.recipe.weights, *self.recipe.mixtures, *RESERVED}
         for name, score in self.recipe.scores.items():
-            self._problems += [f"scores.{name}: {problem}" for problem in score.spec.problems()]
+            for problem in score.spec.problems():
+                dot = "." if problem.partition(":")[0] in type(score.spec).model_fields else ": "
+                self._problems.append(f"scores.{name}{dot}{problem}")
             entry = Entry(name, score.spec.kind, score.spec.columns, score.spec)
             if isinstance(score.spec, ReduceSpec):
                 maps = {part: f"{name}_{part}" for part in score.spec.maps()}
                 for part, spec in score.spec.maps().items():
-                    if maps[part] in self.recipe.scores:
-                        self._problems.append(f"scores.{maps[part]}: the name is taken by a part of scores.{name}")
+                    if maps[part] in taken:
+                        self._problems.append(f"scores.{name}: its part {maps[part]!r} has a name that is taken")
+                    taken.add(maps[part])
                     self._add(Entry(maps[part], "map", spec.columns, spec))
                 entry = replace(entry, maps=maps)
             self._add(entry)
@@ -136,33 +147,45 @@ class Graph:
     def _add(self, entry: Entry) -> None:
         self.entries[entry.name] = entry
 
-    def _compile_wheres(self) -> None:
-        for name, score in self.recipe.scores.items():
-            entry = self.entries[name]
-            reads: set[str] = set(entry.maps.values())
-            if isinstance(score.spec, ColumnsSpec):
-                reads |= {entry_name for entry_name, _ in self._inputs(name, score.spec)}
-            if score.where is not None:
-                where = self._expression(f"scores.{name}.where", score.where)
-                if where:
-                    reads |= {reference for reference, _ in where.references if reference}
-                    self.entries[name] = replace(entry, where=where)
-                    # The parts of a reduce are computed for the same documents.
-                    for part in entry.maps.values():
-                        self.entries[part] = replace(
-                            self.entries[part], where=where, reads=tuple(sorted(reads - set(entry.maps.values())))
-                        )
-            self.entries[name] = replace(self.entries[name], reads=tuple(sorted(reads)))
+    def _check_names(self) -> None:
+        """A name must stand in SQL as it is."""
+        for name in self.entries:
+            try:
+                check_query(f"SELECT {name}.computed FROM {name}", [name])
+            except QueryError:
+                table = "rules" if name in self.recipe.rules else "scores"
+                self._problems.append(f"{table}.{name}: {name!r} is a word of SQL; choose another name")
+
+    def _compile_rules(self) -> None:
         for name, rules in self.recipe.rules.items():
             try:
                 signals, verdict = self._rules(name, rules)
             except RecipeError as error:
-                self._problems += [f"rules.{name}: {problem}" for problem in error.problems]
+                self._problems += [f"rules.{name}{'.' if p[0] == '.' else ': '}{p.lstrip('.')}" for p in error.problems]
             else:
                 reads = {reference for reference, _ in verdict.references if reference} | {signals}
                 self.entries[name] = replace(
                     self.entries[name], signals=signals, verdict=verdict, reads=tuple(sorted(reads))
                 )
+
+    def _compile_reads(self) -> None:
+        for name, score in self.recipe.scores.items():
+            reads = set(self.entries[name].maps.values())
+            if isinstance(score.spec, ColumnsSpec):
+                reads |= {entry for entry, _ in self._inputs(name, score.spec)}
+            self.entries[name] = replace(self.entries[name], reads=tuple(sorted(reads)))
+
+    def _compile_wheres(self) -> None:
+        for name, score in self.recipe.scores.items():
+            entry = self.entries[name]
+            where = self._expression(f"scores.{name}.where", score.where) if score.where is not None else None
+            if where is None:
+                continue
+            named = {reference for reference, _ in where.references if reference}
+            self.entries[name] = replace(entry, where=where, reads=tuple(sorted({*entry.reads, *named})))
+            # The parts of a reduce are computed for the same documents.
+            for part in entry.maps.values():
+                self.entries[part] = replace(self.entries[part], where=where, reads=tuple(sorted(named)))
 
     def _inputs(self, name: str, spec: ColumnsSpec) -> Iterator[tuple[str, str]]:
         """(entry, column) of each input; a bare entry name means its only column."""
@@ -183,23 +206,33 @@ class Graph:
         return dict(zip(entry.spec.inputs, self._inputs(entry.name, entry.spec), strict=True))
 
     def _rules(self, name: str, rules: RuleSet) -> tuple[str, Expression]:
+        """(signals entry, verdict); RecipeError with problems that begin with ".field: " or stand for the whole."""
         path = Path(rules.rules) if rules.rules.endswith(".sql") else RULES / f"{rules.rules}.sql"
-        if not path.exists():
+        if not path.is_file():
             known = sorted(p.stem for p in RULES.glob("*.sql"))
-            raise RecipeError(f"rules: no rule set {rules.rules!r}{nearest(rules.rules, known)}; there are {known}")
+            there = f"there are {', '.join(known)}, or name a file that ends in .sql"
+            raise RecipeError(f".rules: no rule set {rules.rules!r}{nearest(rules.rules, known)}; {there}")
         text = path.read_text(encoding="utf-8")
         defaults = {m[1]: m[2].strip() for m in re.finditer(r"^-- \$(\w+) = (.+?)(?: -- .*)?$", text, re.M)}
-        unknown = [
-            f"{key}: no such threshold{nearest(key, defaults)}" for key in rules.thresholds if key not in defaults
-        ]
-        if unknown:
-            raise RecipeError(*unknown)
+        values, problems = dict(defaults), []
+        for key, value in rules.thresholds.items():
+            if key not in defaults:
+                there = f"there are {', '.join(defaults)}"
+                problems.append(f".{key}: no such threshold{nearest(key, defaults) or '; ' + there}")
+                continue
+            try:
+                values[key] = _threshold(value, defaults[key])
+            except ValueError as error:
+                problems.append(f".{key}: {error}")
         scorer = re.search(r"^-- signals: (\w+)", text, re.M)
+        if rules.signals is not None and rules.signals not in self.entries:
+            problems.append(f".signals: no entry {rules.signals!r}{nearest(rules.signals, self.entries)}")
+        if problems:
+            raise RecipeError(*problems)
         signals = rules.signals or self._signals(scorer[1] if scorer else "")
         body = re.sub(r"--.*$", "", text, flags=re.M).strip().rstrip(";")
         body = re.sub(r"^SELECT\b(.*)\bAS\s+reason$", r"\1", body, flags=re.S | re.I).strip()
-        values = {key: _literal(value) for key, value in rules.thresholds.items()}
-        body = re.sub(r"\$(\w+)", lambda match: values.get(match[1], defaults.get(match[1], match[0])), body)
+        body = re.sub(r"\$(\w+)", lambda match: values.get(match[1], match[0]), body)
         body = re.sub(r"\bs\.(?=\w)", f"{signals}.", body)
         return signals, check_expression(body, self.scope)
 
@@ -207,7 +240,7 @@ class Graph:
         found = [name for name, score in self.recipe.scores.items() if getattr(score.spec, "scorer", "") == scorer]
         if len(found) != 1:
             have = f"{len(found)} entries have" if found else "no entry has"
-            raise RecipeError(f'signals: {have} scorer = "{scorer}"; say which with signals = "ENTRY"')
+            raise RecipeError(f'.signals: {have} scorer = "{scorer}"; say which with signals = "ENTRY"')
         return found[0]
 
     def _sort(self) -> None:
@@ -215,7 +248,8 @@ class Graph:
             order = list(TopologicalSorter({e.name: e.reads for e in self.entries.values()}).static_order())
         except CycleError as error:
             circle = " -> ".join(error.args[1])
-            raise RecipeError(*self._problems, f"scores: these wait for each other: {circle}") from None
+            self._problems.append(f"scores: these wait for each other: {circle}")
+            return
         entries, self.entries = self.entries, {}
         for name in order:
             entry = entries[name]
@@ -227,7 +261,7 @@ class Graph:
         assert entry.spec is not None
         inputs = [self.documents_fingerprint]
         if isinstance(entry.spec, ColumnsSpec):
-            inputs = [self.entries[name].fingerprint for name, _ in self._inputs(entry.name, entry.spec)]
+            inputs += [self.entries[name].fingerprint for name, _ in self._inputs(entry.name, entry.spec)]
         elif isinstance(entry.spec, ReduceSpec):
             # A reduce speaks of the corpus that it saw, so the sources are part of its name.
             inputs = [*self.sources, *(self.entries[part].fingerprint for part in entry.maps.values())]
@@ -247,7 +281,12 @@ class Graph:
                 compiled = self._selection(place, selection)
                 if compiled:
                     self.selections[name] = compiled
+        folders: dict[str, str] = {}
         for name, export in self.recipe.exports.items():
+            if export.path is not None and folders.setdefault(export.path, name) != name:
+                self._problems.append(
+                    f"exports.{name}.path: exports.{folders[export.path]} goes there too; choose another folder"
+                )
             if export.mixture not in self.recipe.mixtures:
                 there = nearest(export.mixture, self.recipe.mixtures)
                 self._problems.append(f"exports.{name}.mixture: no mixture {export.mixture!r}{there}")
@@ -258,30 +297,32 @@ class Graph:
             if weights is None:
                 there = nearest(mixture.weights, self.recipe.weights)
                 self._problems.append(f"{place}.weights: no entry [weights.{mixture.weights}]{there}")
-            elif weights.method != "given" and weights.group_by != mixture.group_by:
+            elif weights.group_by != mixture.group_by and (weights.method, weights.group_by) != ("given", "domain"):
                 self._problems.append(
                     f"{place}.group_by: {mixture.group_by!r}, but weights.{mixture.weights} weighs "
                     f"{weights.group_by!r}; make them equal"
                 )
-        if mixture.copies is not None and (mixture.weights is not None or "max_epochs" in mixture.model_fields_set):
+        if mixture.copies is not None and (mixture.weights is not None or mixture.max_epochs is not None):
             self._problems.append(f"{place}.copies: replaces weights and max_epochs; leave those out")
-        if mixture.weights is not None and mixture.budget_tokens is None:
-            self._problems.append(f"{place}.budget_tokens: weights are shares of a budget; say how many tokens")
+        elif mixture.budget_tokens is None and (mixture.weights is not None or mixture.max_epochs is not None):
+            self._problems.append(
+                f"{place}.budget_tokens: weights and max_epochs share out a budget; say how many tokens"
+            )
 
     def _selection(self, place: str, selection: Selection) -> Selected | None:
         tokens = self._expression(f"{place}.tokens", selection.tokens)
         group = self._expression(f"{place}.group_by", selection.group_by)
         where = self._expression(f"{place}.where", selection.where) if selection.where is not None else None
-        one_per = self._expression(f"{place}.one_per", selection.one_per) if selection.one_per else None
+        one_per = self._expression(f"{place}.one_per", selection.one_per) if selection.one_per is not None else None
         copies = getattr(selection, "copies", None)
-        curve = self._expression(f"{place}.copies", copies) if copies else None
+        curve = self._expression(f"{place}.copies", copies) if copies is not None else None
         best = []
         for column, fraction in selection.best.items():
             ordered = self._order(f"{place}.best", column)
             if ordered:
                 best.append((*ordered, fraction))
-        prefer = self._order(f"{place}.prefer", selection.prefer) if selection.prefer else None
-        if selection.prefer and not selection.one_per:
+        prefer = self._order(f"{place}.prefer", selection.prefer) if selection.prefer is not None else None
+        if selection.prefer is not None and selection.one_per is None:
             self._problems.append(f"{place}.prefer: chooses within a cluster; say which with one_per")
         if tokens is None or group is None:
             return None
@@ -323,11 +364,8 @@ class Graph:
 
     def partial(self, name: str) -> bool:
         """Whether the entry may leave documents uncomputed by intent."""
-        entry = self.entries[name]
-        score = self.recipe.scores.get(name)
-        if entry.kind == "rules":
-            return any(self.partial(read) for read in entry.reads)
-        return entry.kind == "adopted" or (score is not None and score.where is not None)
+        wheres = {score for score, spec in self.recipe.scores.items() if spec.where is not None} | {"adopted"}
+        return not wheres.isdisjoint(self.upstream([name]))
 
     # -- keys --------------------------------------------------------------------------------------------------
 
@@ -373,8 +411,8 @@ class Graph:
         """The physical table of a mixture: by recipe, sources and the mixture's own definition."""
         mixture = self.recipe.mixtures[name]
         weights = self.recipe.weights[mixture.weights] if mixture.weights else None
-        parts: list[Any] = [self.recipe.name, *self.sources, self.documents_fingerprint, mixture.model_dump(mode="json")]
-        parts += [self.seed(name), weights.model_dump(mode="json") if weights else None]
+        parts: list[Any] = [self.recipe.name, *self.sources, self.documents_fingerprint, self.seed(name)]
+        parts += [mixture.model_dump(mode="json"), weights.model_dump(mode="json") if weights else None]
         return f"{name}__{_hash(json.dumps(parts))[:8]}"
 
     def seed(self, mixture: str) -> int:
@@ -382,100 +420,16 @@ class Graph:
         return self.recipe.seed if seed is None else seed
 
 
-def plain_column(expression: Expression) -> tuple[str, str]:
-    """(entry, column) where the expression is nothing but a score column, else ("", "")."""
-    if len(expression.references) == 1:
-        entry, column = expression.references[0]
-        if entry and expression.sql.strip("() \n").lower() == f"{entry}.{column}":
-            return entry, column
-    return "", ""
-
-
-def closure(graph: Graph, references: Iterable[tuple[str | None, str]]) -> dict[str, set[str]]:
-    """Per table ("" for documents) the physical columns that evaluating the references reads."""
-    needed: dict[str, set[str]] = {"": {"doc_id"}}
-    todo = list(references)
-    seen: set[tuple[str | None, str]] = set()
-    while todo:
-        reference = todo.pop()
-        if reference in seen:
-            continue
-        seen.add(reference)
-        name, column = reference
-        if name is None:
-            needed[""].add(column)
-            continue
-        entry = graph.entries[name]
-        if entry.where:
-            todo += entry.where.references
-        if entry.verdict:
-            todo += [*entry.verdict.references, (entry.signals, "computed")]
-            needed.setdefault(name, set()).add(column)
-        else:
-            needed.setdefault(name, set()).update({column} - ({"computed"} if entry.kind == "reduce" else set()))
-            if entry.kind != "reduce":
-                needed[name].add("computed")
-    return needed
-
-
-def layered(graph: Graph, needed: Mapping[str, set[str]], base: str) -> str:
-    """SQL that gives each entry as one struct column beside the document columns of `base`.
-
-    Args:
-        needed: from `closure`.
-        base: a FROM item with the document columns and every needed score column under the name "entry.column".
-    """
-    sql = f"FROM {base}"
-    for name, entry in graph.entries.items():
-        if name not in needed:
-            continue
-        columns = sorted(needed[name] - {"computed"})
-        covered, values = _struct(entry, columns)
-        packed = ", ".join(
-            [f"computed := {covered}", *(f"{_q(c)} := CASE WHEN {covered} THEN {v} END" for c, v in values)]
-        )
-        sql = f"FROM (SELECT *, struct_pack({packed}) AS {_q(name)} {sql})"
-    return f"SELECT * {sql}"
-
-
-def _struct(entry: Entry, columns: list[str]) -> tuple[str, list[tuple[str, str]]]:
-    """The SQL of `computed`, and of each column."""
-    where = f"coalesce(({entry.where.sql}), false)" if entry.where else "true"
-    if entry.kind == "rules":
-        assert entry.verdict is not None
-        verdict = f"({entry.verdict.sql})"
-        values = {"keep": f"({verdict} IS NULL)", "reason": verdict}
-        return f"{entry.signals}.computed", [(c, values[c]) for c in columns]
-    if entry.kind == "reduce":
-        assert isinstance(entry.spec, ReduceSpec)
-        defaults = entry.spec.defaults()
-        return where, [(c, f"coalesce({_flat(entry.name, c)}, {defaults[c]})") for c in columns]
-    computed = f"coalesce({_flat(entry.name, 'computed')}, false)"
-    return f"({computed} AND {where})" if entry.where else computed, [(c, _flat(entry.name, c)) for c in columns]
-
-
-def _flat(entry: str, column: str) -> str:
-    return _q(f"{entry}.{column}")
-
-
-def _q(identifier: str) -> str:
-    return f'"{identifier}"'
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, str):
-        return "'" + value.replace("'", "''") + "'"
+def _threshold(value: Any, default: str) -> str:
+    """A threshold as SQL; ValueError unless it is of the default's type (number, text, or list)."""
+    kinds: tuple[type, ...] = (str,) if default.startswith("'") else (list, tuple) if default.startswith("[") else ()
+    number = kinds == () and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number and not (kinds and isinstance(value, kinds)):
+        raise ValueError(f"{value!r} does not fit; it is {default} when left out")
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_literal, value)) + "]"
-    raise RecipeError(f"threshold {value!r}: a number, a text, true or false, or a list of these")
+        return "[" + ", ".join(_threshold(part, "''" if isinstance(part, str) else "0") for part in value) + "]"
+    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else repr(value)
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-__all__ = ["Entry", "Graph", "Selected", "closure", "layered", "plain_column"]

@@ -14,9 +14,10 @@ from functools import partial
 from typing import Any, Literal
 
 from pipelines.execute import Resources
+from pipelines.frames import INGESTED
 from pipelines.graph import Graph
 from pipelines.run import Counts, Run, group_of
-from storage.errors import SchemaError
+from storage.errors import SchemaError, ShardError
 from storage.intake import InputFile, Taken, take_in
 from storage.lake import Lake
 from storage.schema import DOCUMENTS, REJECTS
@@ -81,7 +82,7 @@ def make_intake(graph: Graph, data: str, resources: Resources) -> Callable[[Grou
 def keep(run: Run, finished: list[tuple[Group, Taken]]) -> None:
     """Commit groups: their shards and their lines in the ledger, together."""
     lake, graph = run.lake, run.graph
-    written = [(file, "ingest") for _, taken in finished for file in (*taken.documents, *taken.rejects, *taken.adopted)]
+    written = [(file, INGESTED) for _, taken in finished for file in (*taken.documents, *taken.rejects, *taken.adopted)]
     lines = [
         (graph.documents, count.number, count.records, count.documents, count.rejects)
         for _, taken in finished
@@ -90,6 +91,10 @@ def keep(run: Run, finished: list[tuple[Group, Taken]]) -> None:
     numbers = [line[1] for line in lines]
 
     def balance() -> None:
+        if len(lake.rows("SELECT 1 FROM lake.main.files WHERE active AND list_contains(?, number)", [numbers])) < len(
+            numbers
+        ):
+            raise ShardError("another run took files out of the lake that this one was reading; run again")
         lake.change(
             'DELETE FROM lake.main.ledger WHERE "table" = ? AND list_contains(?, file)', [graph.documents, numbers]
         )
@@ -111,14 +116,24 @@ def register(lake: Lake, source: Source, found: Sequence[FoundFile]) -> None:
 
     def change() -> None:
         active = lake.rows(
-            "SELECT number, path, digest, settings, first FROM lake.main.files WHERE active AND source = ?",
+            "SELECT number, path, digest, settings, first, stamp FROM lake.main.files WHERE active AND source = ?",
             [source.name],
         )
-        stays = {path for _, path, digest, used, _ in active if digests.get(path) == digest and used == settings}
-        gone = [(number, first) for number, path, _, _, first in active if path not in stays]
+        stays = {
+            path: stamp
+            for _, path, digest, used, _, stamp in active
+            if digests.get(path) == digest and used == settings
+        }
+        gone = [(number, first) for number, path, _, _, first, _ in active if path not in stays]
         if gone:
             _retire(lake, gone)
-        fresh = [file for file in found if file.path not in stays]
+        fresh = []
+        for file in found:
+            if file.path not in stays:
+                fresh.append(file)
+            elif stays[file.path] != file.stamp:  # touched, its content is the same: not to be read again and again
+                touched = "UPDATE lake.main.files SET stamp = ? WHERE active AND source = ? AND path = ?"
+                lake.change(touched, [file.stamp, source.name, file.path])
         if not fresh:
             return
         (start,) = lake.rows("SELECT coalesce(max(number) + 1, 0) FROM lake.main.files")[0]
@@ -166,6 +181,10 @@ def _retire(lake: Lake, gone: Iterable[tuple[int, int]]) -> None:
         "DELETE FROM lake.main.ledger WHERE file IN (SELECT number FROM lake.main.files WHERE list_contains(?, first))",
         [sorted(firsts)],
     )
+    # A group goes by the number of its first file, and so do its shards.
+    left = "SELECT first, min(number) FROM lake.main.files WHERE active AND list_contains(?, first) GROUP BY first"
+    for old, new in lake.rows(left, [sorted(firsts)]):
+        lake.change("UPDATE lake.main.files SET first = ? WHERE active AND first = ?", [new, old])
 
 
 def missing(lake: Lake, graph: Graph, *, stop: bool = False) -> list[Group]:
@@ -215,6 +234,10 @@ def books(run: Run) -> Counts:
     for source, reason, count in reasons:
         per_source[source]["reasons"][reason] = int(count)
     for source, line in per_source.items():
-        if line["records"] != line["documents"] + line["rejects"]:
+        counted = sum(line["reasons"].values())
+        if line["records"] != line["documents"] + line["rejects"] or counted != line["rejects"]:
             raise SchemaError(f"the books of {source} do not balance: {line}")
+    there = sum(shard.rows for shard in run.documents().values())
+    if there != sum(line["documents"] for line in per_source.values()):
+        raise SchemaError(f"{there} documents are in the lake, and in the books {per_source}")
     return per_source

@@ -22,16 +22,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.execute import Resources
 from pipelines.frames import frame, paths_of
-from pipelines.graph import Graph, Selected, closure, layered, plain_column
-from pipelines.run import Counts, Run, wanted
+from pipelines.graph import Graph, Selected
+from pipelines.layers import Reference, closure, empty, layered, plain_column
+from pipelines.run import Counts, Incomplete, Run, wanted
 from scorers.domains import weights as weighers
+from storage.catalog import quote
 from storage.errors import RecipeError
 from storage.lake import LakeSpace, run_sql, to_json
 from storage.shards import ShardFile, write_shard
+from storage.sql import Expression
 
 MIXTURE = pa.schema(
     [
@@ -69,11 +73,12 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What steps 1 and 2 leave: the scratch files, and tokens and documents by group."""
+    """What steps 1 and 2 leave: the scratch files, the cuts (as SQL and as numbers), tokens and documents by group."""
 
     items: list[Item]
     scratch: Path
-    cuts: Mapping[str, float]
+    within: str
+    cuts: Mapping[str, float | None]
     totals: pa.Table
 
 
@@ -81,7 +86,7 @@ def weigh(run: Run, name: str) -> Counts:
     """Compute one [weights.x] entry and keep it in the book `weights`."""
     weights = run.graph.recipe.weights[name]
     key = _key(run, name)
-    if _recorded(run, name) == key:
+    if current(run, name):
         return {"groups": _groups(run, name), "reused": True}
     if weights.method == "given":
         groups = sorted(weights.share)
@@ -107,11 +112,13 @@ def mix(run: Run, name: str) -> Counts:
     """Make one [mixtures.x] entry: its table, its record, its lines in the book `weights`."""
     lake, graph = run.lake, run.graph
     mixture, table = graph.recipe.mixtures[name], graph.mixture_table(name)
+    if mixture.weights is not None:
+        weigh(run, mixture.weights)
     with lake.locked(table, run.who):
         lake.make_table(table, MIXTURE)
         key = _key(run, name)
         documents = run.documents()
-        if _recorded(run, name) == key and lake.shards(table).keys() == documents.keys():
+        if current(run, name):
             record = json.loads(
                 lake.rows(f"SELECT record FROM lake.main.mixtures WHERE {_MINE}", [graph.recipe.name, name])[0][0]
             )
@@ -120,7 +127,8 @@ def mix(run: Run, name: str) -> Counts:
             weights, epochs, plan = _epochs(run, name, found.totals)
             groups = found.totals.column("group").to_pylist()
             multiples = pa.table({"group": pa.array(groups, pa.string()), "epochs": epochs})
-            make = partial(make_draw, graph.selections[name].holdout, lake.data, table, str(found.scratch), multiples)
+            holdout = graph.selections[name].holdout
+            make = partial(make_draw, holdout, found.within, lake.data, table, str(found.scratch), multiples)
             drawn: list[tuple[Item, Drawn]] = []
             run.progress.begin(f"{name}: draw", sum(item.rows for item in found.items), "documents")
             failed = len(run.failed)
@@ -156,12 +164,22 @@ def mix(run: Run, name: str) -> Counts:
     return totals
 
 
+def current(run: Run, name: str) -> bool:
+    """Whether a mixture or a weights entry is there, made from what the recipe and the lake say now."""
+    key = _key(run, name)
+    if name in run.graph.recipe.mixtures:
+        shards = run.lake.shards(run.graph.mixture_table(name))
+        if shards.keys() != run.documents().keys() or any(shard.input != key for shard in shards.values()):
+            return False
+    return _recorded(run, name) == key
+
+
 @contextmanager
 def chosen(run: Run, name: str, seed: int) -> Iterator[Chosen]:
     """Steps 1 and 2 for a selection, and the tokens per group that they leave."""
     graph, lake = run.graph, run.lake
     selected = graph.selections[name]
-    tables = paths_of(run, selected.references | {(None, "text_hash")})
+    tables = paths_of(run, selected.references)
     items = [
         Item(shard, document.rows, {t: files[shard] for t, files in tables.items()} | {"": document.path})
         for shard, document in run.documents().items()
@@ -173,134 +191,152 @@ def chosen(run: Run, name: str, seed: int) -> Iterator[Chosen]:
         failed = len(run.failed)
         run.map(name, make, items, found.extend, lambda item: item.rows)
         if len(run.failed) > failed:
-            raise RecipeError(f"{name}: " + "\n".join(run.failed[failed:]))
-        unscored = sum((counts for _, counts in found), Counter())
+            raise Incomplete(f"{name}: candidates could not be read:\n" + "\n".join(run.failed[failed:]))
+        unscored = sum((counts for _, counts in found), Counter[str]())
         if unscored and selected.unscored == "error":
-            raise RecipeError(_refusal(run, name, unscored))
-        files = [str(scratch / f"{item.shard}.parquet") for item in items]
-        with lake.space({"candidates": _candidates(files)}) as space:
-            cuts = _cut(space, selected)
-            if cuts:
-                _apply(space, selected, cuts)
+            raise RecipeError(*_refusal(run, name, unscored))
+        query, needed = _candidates(graph, name, seed)
+        pq.write_table(run_sql(query, shard=empty(graph, needed)), scratch / "none.parquet")  # its schema, always
+        files = [str(scratch / f"{stem}.parquet") for stem in ("none", *(item.shard for item in items))]
+        with lake.space({"evaluated": f"SELECT * FROM read_parquet([{', '.join(map(quote, files))}])"}) as space:
+            space.run("CREATE TEMP VIEW candidates AS SELECT * FROM evaluated")
+            cuts = _cuts(space, selected)
+            space.run(f"CREATE OR REPLACE TEMP VIEW candidates AS {_within(selected, cuts)}")
             direction = "DESC" if selected.prefer and selected.prefer[1] else "ASC"
             space.run(f"CREATE TEMP TABLE choices AS {_sql('choices', direction=direction, holdout=selected.holdout)}")
             space.run(f"CREATE TEMP VIEW chosen AS {_sql('chosen', holdout=selected.holdout)}")
             totals = space.read(_sql("totals")).read_all()
             pq.write_table(space.read("FROM choices ORDER BY doc_id").read_all(), scratch / "choices.parquet")
-        (scratch / "cuts.json").write_text(json.dumps([[*cut] for cut in cuts]))
-        yield Chosen(items, scratch, {column: cut for column, _, cut in cuts}, totals)
+        frozen = {column.sql: cut for (column, _, _), cut in zip(selected.best, cuts, strict=True)}
+        yield Chosen(items, scratch, _within(selected, cuts), frozen, totals)
 
 
 def make_candidates(
     graph: Graph, name: str, seed: int, data: str, scratch: str, resources: Resources
 ) -> Callable[[Item], Counter[str]]:
     """Step 1 on one shard: writes its scratch file; returns per entry how many rows wait for it."""
-    selected = graph.selections[name]
-    needed = closure(graph, selected.references | {(None, "text_hash")} | _computed(selected))
-    entries = sorted({entry for entry, _ in selected.references if entry})
-    sparse = selected.one_per is not None and _sparse_column(graph, selected)
-    query = _sql(
-        "candidates",
-        group=selected.group.sql,
-        tokens=selected.tokens.sql,
-        where=selected.where.sql if selected.where else "true",
-        computed=" AND ".join(f"{entry}.computed" for entry in entries) or "true",
-        cluster=selected.one_per.sql if selected.one_per else "NULL::BIGINT",
-        clustered=f'"{sparse}" IS NOT NULL' if sparse else str(selected.one_per is not None).lower(),
-        prefer=selected.prefer[0].sql if selected.prefer else "NULL::BIGINT",
-        copies=selected.copies.sql if selected.copies else "1.0",
-        best="".join(f"({column.sql}) AS best_{i},\n" for i, (column, _, _) in enumerate(selected.best)),
-        flags="".join(f'NOT {entry}.computed AS "?{entry}",\n' for entry in entries),
-        seed=seed,
-    )
-    query = query.replace("FROM rows", f"FROM ({layered(graph, needed, 'shard')})")
+    query, needed = _candidates(graph, name, seed)
 
     def candidates(item: Item) -> Counter[str]:
         table = run_sql(query, shard=frame(graph, data, item.paths, needed))
-        dropped = table.column("dropped")
-        waiting = Counter[str]()
-        if selected.unscored == "keep":
-            kept = ["" if reason == "unscored" else reason for reason in dropped.to_pylist()]
-            table = table.set_column(
-                table.schema.get_field_index("dropped"), "dropped", pa.array([r or None for r in kept], pa.string())
-            )
-        else:
-            lost = np.array([reason == "unscored" for reason in dropped.to_pylist()], dtype=bool)
-            for entry in entries if lost.any() else ():
-                waiting[entry] = int((lost & table.column(f"?{entry}").to_numpy()).sum())
-        pq.write_table(table.drop([f"?{entry}" for entry in entries]), Path(scratch, f"{item.shard}.parquet"))
+        running = table.filter(pc.is_null(table.column("dropped")))
+        for field, column in (("tokens", "tokens"), ("copies", "curve")):
+            values = running.column(column).cast(pa.float64())
+            if not pc.all(pc.and_(pc.is_finite(values), pc.greater_equal(values, 0)), min_count=0).as_py():
+                raise RecipeError(
+                    f"{_place(graph, name)}.{field}: below 0 or infinite for some document; mend it there"
+                )
+        lost = table.filter(pc.equal(table.column("dropped"), "unscored"))
+        flags = [flag for flag in table.column_names if flag.startswith("?")]
+        waiting = Counter({flag[1:]: pc.sum(lost.column(flag), min_count=0).as_py() for flag in flags})
+        pq.write_table(table, Path(scratch, f"{item.shard}.parquet"))
         return +waiting
 
     return candidates
 
 
+def _candidates(graph: Graph, name: str, seed: int) -> tuple[str, dict[str, set[str]]]:
+    """The SQL of step 1 over a shard's frame, and what the frame has to hold."""
+    selected = graph.selections[name]
+    needed = closure(graph, selected.references | _computed(selected) | {(None, "text_hash")})
+    keep = selected.unscored == "keep"
+    # (expression, whether a document that was not scored for it can be kept)
+    required = [(selected.where, keep), (selected.tokens, False), (selected.copies, False)]
+    missing = [
+        _sql("missing_or_kept" if kept else "missing", value=expression.sql, scored=_scored(expression))
+        for expression, kept in required
+        if expression is not None
+    ]
+    best = [column for column, _, _ in selected.best]
+    if not keep:
+        missing += [f"WHEN {column.sql} IS NULL AND NOT ({_scored(column)}) THEN 'unscored'" for column in best]
+    waits: dict[str, list[str]] = {}
+    for expression in (*(expression for expression, _ in required if expression is not None), *best):
+        for entry in _entries(expression):
+            waits.setdefault(entry, []).append(f"({expression.sql} IS NULL AND NOT {entry}.computed)")
+    sparse = _sparse_column(graph, selected)
+    query = _sql(
+        "candidates",
+        group=selected.group.sql,
+        tokens=selected.tokens.sql,
+        where=selected.where.sql if selected.where else "true",
+        missing="\n        ".join(missing),
+        cluster=selected.one_per.sql if selected.one_per else "NULL::BIGINT",
+        clustered=f'"{sparse}" IS NOT NULL' if sparse else str(selected.one_per is not None).lower(),
+        prefer=selected.prefer[0].sql if selected.prefer else "NULL::BIGINT",
+        copies=selected.copies.sql if selected.copies else "1.0",
+        best="".join(
+            f"CAST({column.sql} AS DOUBLE) AS best_{i}, {keep} AND NOT ({_scored(column)}) AS free_{i},\n"
+            for i, column in enumerate(best)
+        ),
+        flags="".join(f'({" OR ".join(tests)}) AS "?{entry}",\n' for entry, tests in sorted(waits.items())),
+        seed=seed,
+        rows=f"({layered(graph, needed, 'shard')})",
+    )
+    return query, needed
+
+
+def _entries(expression: Expression) -> list[str]:
+    return sorted({entry for entry, _ in expression.references if entry})
+
+
+def _scored(expression: Expression) -> str:
+    """SQL: whether every entry that the expression names was computed for the document."""
+    return " AND ".join(f"{entry}.computed" for entry in _entries(expression)) or "true"
+
+
 def make_draw(
-    holdout: float, data: str, table: str, scratch: str, epochs: pa.Table, resources: Resources
+    holdout: float, within: str, data: str, table: str, scratch: str, epochs: pa.Table, resources: Resources
 ) -> Callable[[Item], Drawn]:
-    """Step 4 on one shard: the shard of the mixture."""
-    cuts = json.loads(Path(scratch, "cuts.json").read_text())
+    """Step 4 on one shard: the shard of the mixture. `within` is the SQL that applies the cuts."""
+    chosen = _sql("chosen", holdout=holdout)
+    query = f"WITH candidates AS ({within}), chosen AS ({chosen}) {_sql('draw')}"
 
     def draw(item: Item) -> Drawn:
-        candidates = pq.read_table(Path(scratch, f"{item.shard}.parquet"))
-        ids = candidates.column("doc_id")
-        within = [("doc_id", ">=", ids[0].as_py()), ("doc_id", "<=", ids[-1].as_py())] if len(ids) else None
-        choices = pq.read_table(Path(scratch, "choices.parquet"), filters=within)
-        query = _sql("draw").replace("FROM chosen", f"FROM ({_sql('chosen', holdout=holdout)})")
-        source = _below(cuts, "evaluated")
-        drawn = run_sql(
-            f"WITH candidates AS ({source}) {query}", evaluated=candidates, choices=choices, epochs=epochs
-        ).cast(MIXTURE)
+        evaluated = pq.read_table(Path(scratch, f"{item.shard}.parquet"))
+        ids = evaluated.column("doc_id")
+        inside = [("doc_id", ">=", ids[0].as_py()), ("doc_id", "<=", ids[-1].as_py())] if len(ids) else None
+        choices = pq.read_table(Path(scratch, "choices.parquet"), filters=inside)
+        drawn = run_sql(query, evaluated=evaluated, choices=choices, epochs=epochs).cast(MIXTURE)
         sums = run_sql(
             'SELECT "group", count(*) AS documents, CAST(sum(tokens * copies) AS BIGINT) AS tokens '
             "FROM drawn WHERE copies > 0 GROUP BY ALL",
             drawn=drawn,
         )
         taken = {row["group"]: (row["documents"], row["tokens"]) for row in sums.to_pylist()}
-        dropped = Counter(reason for reason in drawn.column("dropped").to_pylist() if reason)
+        reasons = pc.value_counts(drawn.column("dropped").drop_null()).to_pylist()
+        dropped = {reason["values"]: reason["counts"] for reason in reasons}
         return Drawn(write_shard(data, table, item.shard, drawn.to_batches(), MIXTURE, 65_536), taken, dropped)
 
     return draw
 
 
-def _computed(selected: Selected) -> set[tuple[str | None, str]]:
+def _computed(selected: Selected) -> set[Reference]:
     return {(entry, "computed") for entry, _ in selected.references if entry}
-
-
-def _candidates(files: list[str]) -> str:
-    listed = ", ".join("'" + file.replace("'", "''") + "'" for file in files)
-    return f"SELECT * FROM read_parquet([{listed}])" if files else "SELECT * FROM (VALUES (0)) t(doc_id) WHERE false"
 
 
 def _sparse_column(graph: Graph, selected: Selected) -> str:
     """The column "entry.column" when one_per is a plain column of a reduce, where no row means alone in its cluster."""
-    assert selected.one_per is not None
-    entry, column = plain_column(selected.one_per)
+    entry, column = plain_column(selected.one_per) if selected.one_per else ("", "")
     return f"{entry}.{column}" if entry and graph.entries[entry].kind == "reduce" else ""
 
 
-def _cut(space: LakeSpace, selected: Selected) -> list[tuple[str, str, float]]:
-    """(column, comparison, number) of each `best`: a candidate stays where `value comparison number` is true."""
+def _cuts(space: LakeSpace, selected: Selected) -> list[float | None]:
+    """Of each `best` the last value that stays, None where no candidate has one."""
     cuts = []
-    for i, (column, high, fraction) in enumerate(selected.best):
-        quantile = 1.0 - fraction if high else fraction
-        (value,) = space.read(_sql("cut", column=f"best_{i}", quantile=quantile)).read_all().column("cut").to_pylist()
-        if value is not None:
-            cuts.append((column.sql, ">=" if high else "<=", float(value)))
+    for i, (_, high, fraction) in enumerate(selected.best):
+        query = _sql("cut", sign="-" if high else "", column=f"best_{i}", fraction=fraction)
+        cuts.append(space.read(query).read_all().column("cut")[0].as_py())
     return cuts
 
 
-def _below(cuts: list[tuple[str, str, float]], relation: str) -> str:
-    """SQL of the candidates with those beyond a cut dropped."""
-    if not cuts:
-        return f"SELECT * FROM {relation}"
-    inside = " AND ".join(f"coalesce(best_{i} {sign} {cut!r}, false)" for i, (_, sign, cut) in enumerate(cuts))
-    dropped = f"CASE WHEN dropped IS NULL AND NOT ({inside}) THEN 'best' ELSE dropped END AS dropped"
-    return f"SELECT * REPLACE ({dropped}) FROM {relation}"
-
-
-def _apply(space: LakeSpace, selected: Selected, cuts: list[tuple[str, str, float]]) -> None:
-    space.run("ALTER VIEW candidates RENAME TO evaluated")
-    space.run(f"CREATE TEMP VIEW candidates AS {_below(cuts, 'evaluated')}")
+def _within(selected: Selected, cuts: list[float | None]) -> str:
+    """SQL of the candidates with those beyond a cut dropped; NULL is beyond any."""
+    tests = ["true"]
+    for i, ((_, high, _), cut) in enumerate(zip(selected.best, cuts, strict=True)):
+        within = f"coalesce(best_{i} {'>=' if high else '<='} CAST('{cut!r}' AS DOUBLE), false)"
+        tests.append(f"(free_{i} OR {within if cut is not None else 'false'})")
+    return _sql("within", inside=" AND ".join(tests))
 
 
 def _epochs(run: Run, name: str, totals: pa.Table) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -322,8 +358,8 @@ def _epochs(run: Run, name: str, totals: pa.Table) -> tuple[np.ndarray, np.ndarr
         weights, plan = _named(run, name, mixture.weights, groups)
     if budget is None:
         return weights, np.full(len(groups), 1.0), plan
-    epochs = weighers.epochs(weights, tokens, budget, mixture.max_epochs)
-    return weights, epochs, {**plan, "max_epochs": mixture.max_epochs}
+    max_epochs = mixture.max_epochs or 1.0
+    return weights, weighers.epochs(weights, tokens, budget, max_epochs), {**plan, "max_epochs": max_epochs}
 
 
 def _named(run: Run, mixture: str, name: str, groups: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
@@ -333,35 +369,43 @@ def _named(run: Run, mixture: str, name: str, groups: list[str]) -> tuple[np.nda
             [run.graph.recipe.name, name],
         )
     )
-    absent = sorted(group for group, weight in said.items() if weight > 0 and group not in set(groups))
-    if absent:
+    there = set(groups)
+    absent = sorted(group for group, weight in said.items() if weight > 0 and group not in there)
+    # Weights that were counted over more documents than the mixture takes may lose groups; said ones must not.
+    if absent and run.graph.recipe.weights[name].method == "given":
         shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
         raise RecipeError(
             f"mixtures.{mixture}: weights.{name} gives weight to groups without a document among the candidates: "
             f"{shown}; take them out of weights.{name}, or look at the mixture's where"
         )
     weights, total = weighers.given(groups, said)
-    return weights, {"weights": name, "sum_of_weights": total}
+    return weights, {"weights": name, "sum_of_weights": total, "groups_without_candidates": len(absent)}
 
 
-def _refusal(run: Run, name: str, unscored: Counter[str]) -> str:
-    lines = []
+def _refusal(run: Run, name: str, unscored: Counter[str]) -> Iterator[str]:
     for entry, count in sorted(unscored.items()):
-        remedy = f"finish it with: corpusmill score RECIPE --lake {run.lake.folder}"
-        if run.graph.partial(entry):
-            remedy = f"widen the where of {entry}, or put its condition into the where of {name}"
-        lines.append(f"{name}: {count} documents in the running have no {entry}; {remedy}; or set unscored")
-    return "\n".join(lines)
+        # A verdict is missing where its signals are; what has a where of its own can be widened.
+        limited = sorted(e for e in run.graph.upstream([entry]) if run.graph.entries[e].where)
+        widen = f"widen the where of {' or '.join(limited)}, or " if limited else ""
+        yield (
+            f"{_place(run.graph, name)}: {count} documents in the running have no {entry}; {widen}put its condition "
+            f'into the where of {name}, or set unscored = "drop" or "keep"'
+        )
+
+
+def _place(graph: Graph, name: str) -> str:
+    return f"mixtures.{name}" if name in graph.recipe.mixtures else f"weights.{name}"
 
 
 def _key(run: Run, name: str) -> str:
-    """What a mixture or a weights entry is made from: documents, entries, weights, its own definition."""
+    """What a mixture or a weights entry is made from: documents, entries, weights, its own definition, our SQL."""
     graph = run.graph
     selected = graph.selections.get(name)
     entries = sorted({entry for entry, _ in selected.references if entry}) if selected else []
     mixture = graph.recipe.mixtures.get(name)
     definition = mixture or graph.recipe.weights[name]
-    parts: list[Any] = [definition.model_dump(mode="json"), graph.recipe.seed]
+    # `selected` also says which end of a column is good, which a scorer of the user's own may change its mind about.
+    parts: list[Any] = [definition.model_dump(mode="json"), graph.recipe.seed, repr(selected), _sections()]
     parts += [wanted(shard.sha256, shard.shard) for shard in run.documents().values()]
     parts += [run.key(entry) for entry in entries]
     if mixture and mixture.weights:
@@ -403,7 +447,8 @@ def _keep(
 def _sections() -> dict[str, str]:
     text = (Path(__file__).parent / "mixture.sql").read_text(encoding="utf-8")
     parts = re.split(r"^-- \[(\w+)\].*$", text, flags=re.M)
-    return {name: re.sub(r"^--.*$", "", body, flags=re.M).strip() for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+    bodies = [re.sub(r"^--.*$", "", body, flags=re.M).strip() for body in parts[2::2]]
+    return dict(zip(parts[1::2], bodies, strict=True))
 
 
 def _sql(section: str, **words: object) -> str:

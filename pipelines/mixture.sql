@@ -7,10 +7,8 @@ SELECT
     coalesce(CAST({group} AS VARCHAR), '(none)') AS "group",
     CAST({tokens} AS BIGINT) AS tokens,
     CASE
-        WHEN ({where}) IS FALSE THEN 'where'
-        WHEN ({where}) IS TRUE AND ({tokens}) IS NOT NULL AND ({copies}) IS NOT NULL THEN NULL
-        WHEN NOT ({computed}) THEN 'unscored'
-        ELSE 'null'
+        WHEN {where} IS FALSE THEN 'where'
+        {missing}
     END AS dropped,
     {cluster} AS cluster,
     {clustered} AS clustered,
@@ -20,10 +18,19 @@ SELECT
     {flags}
     (md5_number_upper(text_hash || ':' || {seed}) >> 11) / 9007199254740992.0 AS draw,
     (md5_number_upper(text_hash || ':holdout:' || {seed}) >> 11) / 9007199254740992.0 AS held
-FROM rows
+FROM {rows}
+
+-- [missing] of one expression that a candidate needs: without a value it is dropped, or refused where it was not scored
+WHEN {value} IS NULL THEN CASE WHEN {scored} THEN 'null' ELSE 'unscored' END
+
+-- [missing_or_kept] the same, where a document that was not scored is to be kept
+WHEN {value} IS NULL AND ({scored}) THEN 'null'
 
 -- [cut] over all candidates: where the good end of one column begins, so that `fraction` of them is at least as good
-SELECT quantile_disc({column}, {quantile}) AS cut FROM candidates WHERE dropped IS NULL AND {column} IS NOT NULL
+SELECT {sign}quantile_disc({sign}{column}, {fraction}) AS cut FROM candidates WHERE dropped IS NULL
+
+-- [within] over `evaluated`: candidates beyond a cut are dropped
+SELECT * REPLACE (CASE WHEN dropped IS NULL AND NOT ({inside}) THEN 'best' ELSE dropped END AS dropped) FROM evaluated
 
 -- [choices] over the rows that need them: one per cluster among the candidates, and the holdout of whole clusters
 WITH clustered AS (SELECT * FROM candidates WHERE clustered AND cluster IS NOT NULL),
@@ -70,6 +77,7 @@ SELECT
     CASE
         WHEN dropped IS NOT NULL THEN dropped
         WHEN coalesce(epochs, 0.0) = 0 THEN 'no_weight'
+        WHEN expected = 0 THEN 'copies'
         WHEN copies = 0 THEN 'draw'
     END AS dropped,
     instead

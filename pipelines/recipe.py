@@ -34,7 +34,7 @@ from storage.sql import nearest
 
 RESERVED = frozenset(DOCUMENTS.names) | frozenset(
     {"documents", "files", "shards", "ledger", "weights", "mixtures", "runs", "rejects", "corpus", "adopted"}
-    | {"mixture", "explain", "seen", "computed", "copies", "dropped"}
+    | {"mixture", "explain", "seen", "computed", "copies", "dropped", "ingest"}
 )
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,47}$")]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -55,11 +55,11 @@ class Score(Strict):
     @model_validator(mode="before")
     @classmethod
     def _read(cls, data: Any, info: ValidationInfo) -> Any:
-        if not isinstance(data, dict) or "spec" in data:
+        if not isinstance(data, dict) or isinstance(data.get("spec"), Spec):
             return data
         rest = {key: value for key, value in data.items() if key != "where"}
-        if "scorer" not in rest:
-            raise ValueError(f"scorer is missing; one of {', '.join(sorted(SCORERS))}, or package.module:Spec")
+        if not isinstance(rest.get("scorer"), str):
+            raise ValueError(f"scorer: name one of {', '.join(sorted(SCORERS))}, or package.module:Spec")
         return {
             "where": data.get("where"),
             "spec": load_spec(rest["scorer"]).model_validate(rest, context=info.context),
@@ -128,6 +128,12 @@ class Weights(Selection):
             yield 'share: goes with method = "given", and only with it'
         if self.method != "given" and not self.tokens:
             yield 'tokens: name the column to count in, for instance "tokens.n"'
+        if self.share and not sum(self.share.values()):
+            yield "share: sums to 0; give some group a share of the tokens"
+        if self.method == "given":
+            for field in ("tokens", "where", "best", "one_per", "prefer", "holdout"):
+                if getattr(self, field) != type(self).model_fields[field].default:
+                    yield f'{field}: has no meaning for method = "given"; leave it out'
 
 
 class Mixture(Selection):
@@ -137,8 +143,8 @@ class Mixture(Selection):
     """None: everything once (or as `copies` says)."""
     weights: Name | None = None
     """A [weights.x] entry; without it each group has its natural share."""
-    max_epochs: Annotated[float, Field(gt=0)] = 1.0
-    """The most often that a document may be taken; budget that this leaves over is reported as unspent."""
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    """The most often that a document may be taken, once when left out; budget that this leaves over is unspent."""
     copies: str | None = None
     """An expression for the expected number of copies of a document, instead of weights and epochs."""
     seed: int | None = None
@@ -193,7 +199,7 @@ class Recipe(Strict):
         try:
             recipe = cls.model_validate(data, context={"base": base})
         except ValidationError as error:
-            raise RecipeError(*(_told(cls, data, problem) for problem in error.errors())) from None
+            raise RecipeError(*dict.fromkeys(_problems(cls, data, error))) from None
         problems = list(recipe._names())
         if problems:
             raise RecipeError(*problems)
@@ -201,7 +207,7 @@ class Recipe(Strict):
 
     def _names(self) -> Iterator[str]:
         seen: dict[str, str] = {"": ""}
-        for table in ("scores", "rules", "weights", "mixtures"):
+        for table in ("scores", "rules", "weights", "mixtures", "exports"):
             for entry in getattr(self, table):
                 if entry in RESERVED:
                     yield f"{table}.{entry}: {entry!r} is a word of the lake; choose another name"
@@ -218,34 +224,56 @@ class Recipe(Strict):
 def load_spec(scorer: str) -> type[Spec]:
     """The spec class of a scorer of the table, or of a "package.module:Spec" of the user's own."""
     target = SCORERS.get(scorer, scorer)
-    module, _, attribute = target.partition(":")
+    name, _, attribute = target.partition(":")
     if not attribute:
-        raise ValueError(f"no scorer {scorer!r}{nearest(scorer, SCORERS)}; there are {', '.join(sorted(SCORERS))}")
+        known = f"there are {', '.join(sorted(SCORERS))}, or write package.module:Spec"
+        raise ValueError(f"no scorer {scorer!r}{nearest(scorer, SCORERS)}; {known}")
     try:
-        found = getattr(import_module(module), attribute)
+        module = import_module(name)
     except ImportError as error:
         raise ValueError(f"scorer {scorer!r} cannot be imported: {error}; install it, or correct the name") from None
-    except AttributeError:
-        raise ValueError(f"scorer {scorer!r}: {module} has no {attribute}{nearest(attribute, dir(found))}") from None
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise ValueError(f"scorer {scorer!r}: {name} has no {attribute}{nearest(attribute, dir(module))}")
     if not (isinstance(found, type) and issubclass(found, Spec)):
         raise ValueError(f"scorer {scorer!r} is no Spec; derive it from MapSpec, ColumnsSpec or ReduceSpec")
+    if "scorer" not in found.model_fields:
+        raise ValueError(f"scorer {scorer!r} does not know its own name; give {attribute} the field `scorer: str`")
     return found
 
 
+def _problems(model: type[BaseModel], data: Mapping[str, Any], error: ValidationError) -> Iterator[str]:
+    """Every problem in the recipe's own words: the field's path, what is wrong, the nearest right name."""
+    found = error.errors(include_url=False)
+    for problem in found:
+        loc, kind = problem["loc"], problem["type"]
+        # A tuple loses its members that are wrong; that it is too short then says nothing new.
+        if kind == "too_short" and any(other["loc"][: len(loc)] == loc and other["loc"] != loc for other in found):
+            continue
+        yield f"{_place(data, loc)}: {_told(model, data, problem)}"
+
+
 def _told(model: type[BaseModel], data: Mapping[str, Any], problem: Any) -> str:
-    """One problem in the recipe's own words: the field's path, what is wrong, the nearest right name."""
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        siblings = _fields_at(model, data, problem["loc"][:-1])
-        return f"{where}: no such key{nearest(str(problem['loc'][-1]), siblings)}; there are {', '.join(siblings)}"
-    if problem["type"] == "string_pattern_mismatch" and problem["loc"][-1] == "[key]":
-        return f"{where.removesuffix('.[key]')}: a name is lower-case letters, digits and _, and begins with a letter"
-    if problem["type"] == "missing":
-        return f"{where}: is missing"
-    given = problem["input"]
-    shown = f" (it is {given!r})" if isinstance(given, (str, int, float, bool)) else ""
+    loc, kind = problem["loc"], problem["type"]
+    if kind == "extra_forbidden":
+        siblings = _fields_at(model, data, loc[:-1])
+        return f"no such key{nearest(str(loc[-1]), siblings)}; there are {', '.join(siblings)}"
+    if kind == "string_pattern_mismatch" and loc[0] != "sources":
+        return "a name is lower-case letters, digits and _, at most 48, and begins with a letter"
+    if kind == "missing":
+        return "is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[0].lower()}{message[1:]}{shown if problem['type'] != 'value_error' else ''}"
+    shown = isinstance(problem["input"], (str, int, float, bool)) and kind != "value_error"
+    return f"{message[0].lower()}{message[1:]}" + (f" (it is {problem['input']!r})" if shown else "")
+
+
+def _place(data: Mapping[str, Any], loc: tuple[Any, ...]) -> str:
+    """The field's path; a source by its name, and without pydantic's own marks of keys and members of unions."""
+    parts = [str(part) for part in loc if part not in ("[key]", "str") and not str(part).startswith("tuple[")]
+    if len(loc) > 1 and loc[0] == "sources" and isinstance(loc[1], int):
+        source = data["sources"][loc[1]]
+        parts[1] = str(source.get("name", loc[1])) if isinstance(source, dict) else parts[1]
+    return ".".join(parts)
 
 
 def _fields_at(model: type[BaseModel], data: Mapping[str, Any], loc: tuple[Any, ...]) -> list[str]:

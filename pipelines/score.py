@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.execute import Resources
@@ -21,6 +20,7 @@ from pipelines.graph import Entry, Graph
 from pipelines.run import Counts, Run, wanted
 from pipelines.views import joined
 from scorers.base import ColumnsSpec, MapSpec, ReduceSpec, Score, checked
+from storage.errors import ShardError
 from storage.lake import check_aligned
 from storage.shards import ShardFile, read_shard, write_shard
 
@@ -29,11 +29,18 @@ ROW_GROUP = 65_536  # narrow rows
 
 @dataclass(frozen=True)
 class Item:
-    """A document shard to score: its rows, the tables' files by name ("" for documents), and the `input` to note."""
+    """A document shard to score.
+
+    Attributes:
+        paths: the files to read by table name, "" for documents.
+        old: this entry's shard beside the same documents, computed for another `where`.
+        input: what to note of the new one.
+    """
 
     shard: str
     rows: int
     paths: Mapping[str, str]
+    old: ShardFile | None
     input: str
 
     def __str__(self) -> str:
@@ -42,9 +49,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Scored:
-    """What became of an item; `file` is None where the shard on disk already holds every wanted row."""
+    """The shard that holds every wanted row, new or the one that was there, and how many rows were computed for it."""
 
-    file: ShardFile | None
+    file: ShardFile
     computed: int
 
 
@@ -61,14 +68,13 @@ def score(run: Run, name: str) -> Counts:
 
         def keep(finished: list[tuple[Item, Scored]]) -> None:
             nonlocal computed
+            run.lake.register([(result.file, item.input) for item, result in finished], also=partial(beside, finished))
             computed += sum(result.computed for _, result in finished)
-            existing = run.lake.shards(entry.table)
-            written = []
-            for item, result in finished:
-                old = existing.get(item.shard)
-                file = result.file or ShardFile(entry.table, item.shard, old.path, old.rows, old.sha256)  # type: ignore[union-attr]
-                written.append((file, item.input))
-            run.lake.register(written)
+
+        def beside(finished: list[tuple[Item, Scored]]) -> None:
+            there = {shard: wanted(document.sha256, "") for shard, document in run.documents().items()}
+            if not all(item.input.startswith(there.get(item.shard, "-")) for item, _ in finished):
+                raise ShardError(f"{name}: another run changed the documents that this one was scoring; run again")
 
         spec = entry.spec
         make = partial(make_worker, run.graph, name, run.lake.data)
@@ -97,10 +103,10 @@ def todo(run: Run, entry: Entry) -> list[Item]:
         if old is not None and old.input == made_from:
             continue
         paths = {table: files[shard] for table, files in tables.items()} | {"": document.path}
-        # The old shard's rows are of use only where it stands beside the same documents.
-        if old is not None and old.input.startswith(document.sha256[:16]):
-            paths[entry.name] = old.path
-        items.append(Item(shard, document.rows, paths, made_from))
+        of_use = None
+        if old is not None and old.input.startswith(wanted(document.sha256, "")):
+            of_use = ShardFile(entry.table, shard, old.path, old.rows, old.sha256)
+        items.append(Item(shard, document.rows, paths, of_use, made_from))
     return items
 
 
@@ -126,13 +132,13 @@ def _map(graph: Graph, entry: Entry, spec: MapSpec, build: Callable[[], Score], 
     wanted_rows = covered(graph, entry, data, item.paths, item.rows)
     old = None
     have = np.zeros(item.rows, dtype=bool)
-    if entry.name in item.paths:
-        old = read_shard(data, item.paths[entry.name])
+    if item.old is not None:
+        old = read_shard(data, item.old.path)
         check_aligned(ids, old.column("doc_id"), entry.table)
         have = old.column("computed").to_numpy()
     missing = wanted_rows & ~have
-    if old is not None and not missing.any():
-        return Scored(None, 0)
+    if item.old is not None and not missing.any():
+        return Scored(item.old, 0)
     scores = [
         checked(build()(batch), spec.columns, batch.num_rows, entry.name)
         for batch in _batches(data, item.paths[""], spec, missing)
@@ -181,12 +187,11 @@ def _columns(graph: Graph, entry: Entry, spec: ColumnsSpec, score: Score, data: 
     ready = " AND ".join(sorted({f"{name}.computed" for name, _ in inputs.values()}))
     table = evaluate(graph, data, item.paths, set(inputs.values()), {"": ready, **expressions})
     computed = table.column("").to_numpy() & covered(graph, entry, data, item.paths, item.rows)
-    batch = table.drop([""]).combine_chunks().to_batches()
-    rows = checked(score(batch[0]), spec.columns, item.rows, entry.name) if batch else entry.schema.empty_table()
-    hidden = pa.array(~computed)
-    masked = [pc.if_else(hidden, pa.scalar(None, column.type), column) for column in rows.columns] if batch else []
-    result = pa.Table.from_arrays(masked, schema=pa.schema(list(entry.schema)[2:])) if batch else rows
-    return Scored(_write(entry, data, item, ids, computed, result), int(computed.sum()))
+    batches = table.drop([""]).to_batches()
+    scores = [checked(score(batch), spec.columns, batch.num_rows, entry.name) for batch in batches]
+    rows = pa.Table.from_batches(scores, pa.schema(list(entry.schema)[2:]))
+    shown = rows.take(pa.array(np.arange(item.rows), mask=~computed))
+    return Scored(_write(entry, data, item, ids, computed, shown), int(computed.sum()))
 
 
 def _write(

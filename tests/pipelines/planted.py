@@ -1,0 +1,68 @@
+"""Scorers of a user's own, for tests: values that stand in the documents' metadata, and arithmetic over them."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import orjson
+import pyarrow as pa
+
+from scorers.base import ColumnsSpec, MapSpec, Score
+from storage.schema import Column
+
+TYPES = {"double": pa.float64(), "bigint": pa.int64(), "varchar": pa.string(), "boolean": pa.bool_()}
+ASKED: list[int] = []
+"""The doc_ids that Planted was asked to score since the test last cleared it."""
+
+
+class Planted(MapSpec):
+    """`value`: the metadata's `field`, NULL where there is none; "nan" is NaN, "short" a row too few, "bug" raises."""
+
+    scorer: str
+    field: str
+    type: Literal["double", "bigint", "varchar", "boolean"] = "double"
+    good: Literal["high", "low", "unknown"] = "unknown"
+
+    reads: ClassVar[tuple[str, ...]] = ("metadata",)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        good = {"high": True, "low": False, "unknown": None}[self.good]
+        return (Column("value", TYPES[self.type], "planted", higher_is_better=good),)
+
+    def build(self, device: str = "cpu") -> Score:
+        def score(documents: pa.RecordBatch) -> pa.RecordBatch:
+            ASKED.extend(documents["doc_id"].to_pylist())
+            found: list[Any] = [
+                orjson.loads(text or "{}").get(self.field) for text in documents["metadata"].to_pylist()
+            ]
+            if "bug" in found:
+                raise ZeroDivisionError("a bug of the scorer's")
+            values = [float("nan") if value == "nan" else value for value in found if value != "short"]
+            return pa.record_batch([pa.array(values, TYPES[self.type])], names=["value"])
+
+        return score
+
+
+class Twice(ColumnsSpec):
+    """Two times `x`, NULL where it is."""
+
+    scorer: str
+    inputs: Mapping[str, str]
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (Column("value", pa.float64(), "twice x"),)
+
+    def build(self) -> Score:
+        def score(batch: pa.RecordBatch) -> pa.RecordBatch:
+            values = [None if x is None else 2.0 * x for x in batch["x"].to_pylist()]
+            return pa.record_batch([pa.array(values, pa.float64())], names=["value"])
+
+        return score
+
+
+class Nameless(MapSpec):
+    """A spec that forgot its field `scorer`."""
+
+
+NoSpec = dict
