@@ -255,6 +255,13 @@ def test_every_key_of_a_recipe_is_shown(model: type) -> None:
     assert [field for field in sorted(fields) if not re.search(rf"\b{field}\b", shown)] == []
 
 
+def test_every_word_of_explain_is_in_the_readme() -> None:
+    text = (ROOT / "pipelines" / "mixture.sql").read_text(encoding="utf-8")
+    dropped = set(re.findall(r"\b(?:THEN|ELSE) '(\w+)'", text))
+    assert {"where", "draw"} <= dropped
+    assert [word for word in sorted(dropped) if f"`{word}`" not in section_of("What a mixture means")] == []
+
+
 def test_queries_are_allowed() -> None:
     recipe = next(text for name, text in fenced("toml") if not name)
     entries = re.findall(r"^\[(?:scores|rules)\.(\w+)\]", recipe, re.M)
