@@ -117,7 +117,7 @@ def trial(graph: Graph, fraction: float, executor: Executor) -> Iterator[str]:
             (read,) = lake.rows("SELECT sum(size) FROM lake.main.files WHERE active")[0]
             documents = sum(shard.rows for shard in run.documents().values())
             factor = sum(sizes.values()) / read
-            yield f"sample: {documents:,} documents, 1/{factor:,.1f} of the input; about {documents * factor:,.0f} in it"
+            yield f"sample: {documents:,} documents, 1/{factor:,.1f} of the input, so {documents * factor:,.0f} in all"
             for name, seconds in spent.items():
                 whole = seconds * factor
                 yield f"  {name:<28} {documents / seconds:>10,.0f} documents/s   {whole / 60:>10,.1f} min for all"

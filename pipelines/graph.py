@@ -24,8 +24,9 @@ from pipelines.layers import check_types, plain_column
 from pipelines.recipe import RESERVED, Mixture, Recipe, RuleSet, Selection, Weights
 from scorers.base import ColumnsSpec, ReduceSpec, Spec
 from storage.errors import QueryError, RecipeError
+from storage.expressions import Expression, Scope, check_expression, check_order
 from storage.schema import DOCUMENTS, Column, score_schema
-from storage.sql import Expression, Scope, check_expression, check_order, check_query, nearest
+from storage.sql import check_query, nearest
 
 ADOPTED = {"double": pa.float64(), "bigint": pa.int64(), "boolean": pa.bool_(), "varchar": pa.string()}
 RULES = Path(__file__).parent / "rules"

@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from scorers.base import ReduceSpec
 from storage.errors import QueryError
+from storage.expressions import Expression
 from storage.schema import DOCUMENTS
-from storage.sql import Expression
 
 if TYPE_CHECKING:
     from pipelines.graph import Entry, Graph

@@ -33,9 +33,9 @@ from pipelines.run import Counts, Incomplete, Run, wanted
 from scorers.domains import weights as weighers
 from storage.catalog import quote
 from storage.errors import RecipeError
+from storage.expressions import Expression
 from storage.lake import LakeSpace, run_sql, to_json
 from storage.shards import ShardFile, write_shard
-from storage.sql import Expression
 
 MIXTURE = pa.schema(
     [

@@ -13,17 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from storage.errors import QueryError
-from storage.sql import (
-    DENIED,
-    DENIED_PREFIX,
-    TABLE_FUNCTIONS,
-    Scope,
-    check_expression,
-    check_order,
-    check_query,
-    lock,
-    nearest,
-)
+from storage.expressions import Scope, check_expression, check_order
+from storage.sql import DENIED, DENIED_PREFIX, TABLE_FUNCTIONS, check_query, lock, nearest
 
 RELATIONS = ("documents", "language", "tokens", "corpus")
 MACROS = ("mixture",)
