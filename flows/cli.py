@@ -62,7 +62,10 @@ def check(
 @app.command()
 def run(recipe: RecipeArgument, lake: LakeOption, workers: Workers = CPUS, catalog: CatalogOption = "") -> None:
     """Do all that the recipe says, as one Prefect flow: ingest, score, weigh, mix, export."""
+    from pipelines.check import check_sources
+
     graph = _graph(recipe)
+    check_sources(graph)
     from flows.curate import curate
     from flows.prefect_server import prefect_api
 
@@ -75,7 +78,7 @@ def _stage(stages: tuple[str, ...], help: str) -> Callable[..., None]:
         recipe: RecipeArgument,
         lake: LakeOption,
         entries: Annotated[
-            list[str] | None, typer.Argument(metavar="[ENTRY]...", help="Only these entries; all when left out.")
+            list[str] | None, typer.Argument(metavar="[ENTRY]...", help="Only these, and what they read; else all.")
         ] = None,
         workers: Workers = CPUS,
     ) -> None:
@@ -89,7 +92,16 @@ def _stage(stages: tuple[str, ...], help: str) -> Callable[..., None]:
     return stage
 
 
-app.command("ingest")(_stage(("ingest",), "Read the sources into documents and rejects."))
+@app.command()
+def ingest(recipe: RecipeArgument, lake: LakeOption, workers: Workers = CPUS, catalog: CatalogOption = "") -> None:
+    """Read the sources into documents and rejects."""
+    from flows.curate import work
+
+    graph = _graph(recipe)
+    with _executor(workers) as executor:
+        work(graph, lake, executor, stages=("ingest",), catalog=catalog)
+
+
 app.command("score")(_stage(("score",), "Compute score entries, and what they need."))
 app.command("weigh")(_stage(("weigh",), "Compute the weights of groups."))
 app.command("mix")(_stage(("weigh", "mix"), "Choose the documents of the mixtures."))
@@ -111,11 +123,14 @@ def query(
 
 
 @app.command()
-def status(lake: LakeOption) -> None:
-    """Show the tables of the last recipe with shards done and to do, and its last runs."""
+def status(
+    lake: LakeOption,
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="By default the one that ran last.")] = None,
+) -> None:
+    """Show a recipe's tables with shards done and to do, what a query can name, and the last runs."""
     from pipelines.check import standing
 
-    for line in standing(lake):
+    for line in standing(lake, _graph(recipe) if recipe else None):
         typer.echo(line)
 
 

@@ -16,6 +16,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.watch import watcher
+from pipelines.check import check_sources
 from pipelines.execute import Executor, Serial
 from pipelines.graph import Graph
 from pipelines.ingest import missing
@@ -55,20 +56,24 @@ def curate(recipe: Recipe, lake: str, workers: int, catalog: str = "") -> dict[s
         entry()
 
     with executor(workers) as workers_at_hand:
-        graph = Graph(recipe)
-        Lake.create(lake, catalog).close()
-        return _all(graph, Path(lake), workers_at_hand, as_task)
+        return _all(Graph(recipe), Path(lake), workers_at_hand, as_task, catalog=catalog)
 
 
 def work(
-    graph: Graph, lake: Path, executor: Executor, *, stages: Sequence[str], entries: Sequence[str] = ()
+    graph: Graph,
+    lake: Path,
+    executor: Executor,
+    *,
+    stages: Sequence[str],
+    entries: Sequence[str] = (),
+    catalog: str = "",
 ) -> dict[str, Any]:
     """Some stages of a recipe, without Prefect. `entries` limits them to these and what they read."""
 
     def plainly(run: Run, step: Step, record: Record) -> None:
         record.note(step.name, *perform(run, step))
 
-    return _all(graph, lake, executor, plainly, stages, entries)
+    return _all(graph, lake, executor, plainly, stages, entries, catalog)
 
 
 def executor(workers: int) -> AbstractContextManager[Executor]:
@@ -89,6 +94,7 @@ def _all(
     do: Any,
     stages: Sequence[str] = ("ingest", "score", "weigh", "mix", "export"),
     entries: Sequence[str] = (),
+    catalog: str = "",
 ) -> dict[str, Any]:
     plan = steps(graph, stages)
     unknown = set(entries) - {step.name for step in plan}
@@ -98,7 +104,9 @@ def _all(
     if entries:
         needed = graph.upstream(entries)
         plan = [step for step in plan if step.name in needed]
-    lake = Lake.create(folder) if "ingest" in stages else Lake(folder)
+    if "ingest" in stages:
+        check_sources(graph)
+    lake = Lake.create(folder, catalog) if "ingest" in stages else Lake(folder)
     if "ingest" not in stages and (left := missing(lake, graph)):
         raise RecipeError(
             f"{len(left)} groups of files are not ingested yet; run: corpusmill ingest RECIPE --lake {folder}"
@@ -117,10 +125,4 @@ def _all(
 
 def _may_pass(task: Any, task_run: Any, state: Any) -> bool:
     """Prefect's question whether to retry: only what may pass."""
-    try:
-        state.result()
-    except (ShardError, OSError):
-        return True
-    except BaseException:  # noqa: BLE001 - any other error is an answer, and Prefect raises it itself
-        return False
-    return False
+    return isinstance(state.result(raise_on_failure=False), (ShardError, OSError))

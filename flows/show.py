@@ -1,6 +1,7 @@
 """How an answer is printed: a table for eyes, CSV or JSON lines for programs."""
 
 import sys
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,17 +14,17 @@ SHOWN_WIDTH = 80
 def show(answer: "pa.RecordBatchReader", format: str) -> None:
     """Print the answer; CSV and JSON (an object per line) stream, a table stops after 1,000 rows and says so."""
     if format == "csv":
-        import pyarrow.csv as csv
+        import csv
 
-        with csv.CSVWriter(sys.stdout.buffer, answer.schema) as writer:
-            for batch in answer:
-                writer.write_batch(batch)
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(answer.schema.names)
+        for batch in answer:
+            writer.writerows([_cell(value) for value in row.values()] for row in batch.to_pylist())
     elif format == "json":
-        import orjson
-
         for batch in answer:
             for row in batch.to_pylist():
-                sys.stdout.buffer.write(orjson.dumps(row, default=str, option=orjson.OPT_APPEND_NEWLINE))
+                sys.stdout.buffer.write(_json(row) + b"\n")
+        sys.stdout.buffer.flush()
     else:
         _table(answer)
 
@@ -54,10 +55,37 @@ def _table(answer: "pa.RecordBatchReader") -> None:
     console.print(f"{rows} rows" + (", and more: use --format csv or json, or LIMIT" if more else ""))
 
 
+def _json(value: Any) -> bytes:
+    import orjson
+
+    return orjson.dumps(value, default=_plain, option=orjson.OPT_NON_STR_KEYS)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for: bytes as hex, decimals as numbers, intervals by their parts."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, Decimal):
+        return float(value)
+    if hasattr(value, "months"):
+        parts = (value.months, "months"), (value.days, "days"), (value.nanoseconds / 1e9, "seconds")
+        return " ".join(f"{amount:g} {unit}" for amount, unit in parts if amount) or "0 seconds"
+    return str(value)
+
+
+def _cell(value: Any) -> Any:
+    """A CSV field: NULL is empty, nested values are JSON."""
+    nested = isinstance(value, (dict, list, bytes, tuple))
+    return _json(value).decode().strip('"') if nested else value
+
+
 def _text(value: Any) -> str:
     if value is None:
         return "NULL"
-    text = f"{value:,.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        text = f"{value:,.4f}".rstrip("0").rstrip(".")
+    else:
+        text = _json(value).decode() if isinstance(value, (dict, list)) else str(_plain(value))
     text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= SHOWN_WIDTH else text[: SHOWN_WIDTH - 1] + "…"
 

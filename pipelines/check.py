@@ -14,19 +14,33 @@ from pipelines.run import Run, perform, recorded, steps
 from pipelines.score import todo
 from storage.errors import RecipeError
 from storage.lake import Lake
-from storage.sources import list_files
+from storage.sources import FoundFile, list_files
+
+
+def check_sources(graph: Graph) -> dict[str, list[FoundFile]]:
+    """The files of each source. Raises RecipeError with every pattern that names none."""
+    found: dict[str, list[FoundFile]] = {}
+    problems: list[str] = []
+    for source in graph.recipe.sources:
+        try:
+            found[source.name] = list_files(source)
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(*problems)
+    return found
 
 
 def plan(graph: Graph, folder: Path | None) -> Iterator[str]:
     """One line per step, in order. Raises RecipeError where a source has no files."""
+    sources = check_sources(graph)
     run = None
     if folder is not None and (folder / "lake.toml").exists():
         run = Run(Lake(folder), graph, Serial())
     try:
         yield f"recipe {graph.recipe.name}: " + ("no lake yet, all is to do" if run is None else f"lake {folder}")
-        for source in graph.recipe.sources:
-            files = list_files(source)
-            yield f"  source   {source.name:<20} {len(files):>8,} files  {sum(f.size for f in files) / 1e6:>12,.1f} MB"
+        for name, files in sources.items():
+            yield f"  source   {name:<20} {len(files):>8,} files  {sum(f.size for f in files) / 1e6:>12,.1f} MB"
         if run is not None:
             run.refresh()
             yield f"  ingest   {graph.documents:<30} {_ingested(run)}"
@@ -71,31 +85,45 @@ def _because(graph: Graph, name: str) -> str:
     return f"  where {' '.join(where.sql.split())}" if where else ""
 
 
-def standing(folder: Path) -> Iterator[str]:
-    """The last recipe's tables with shards done and to do, and the last runs."""
+def standing(folder: Path, graph: Graph | None = None) -> Iterator[str]:
+    """A recipe's tables with shards done and to do (the last one's where none is given), and the last runs."""
     lake = Lake(folder)
     try:
-        last = lake.rows("SELECT resolved FROM lake.main.runs ORDER BY started DESC LIMIT 1")
-        if not last:
-            yield "nothing has run on this lake yet"
-            return
-        run = Run(lake, Graph(Recipe.of(json.loads(last[0][0]))), Serial())
-        run.refresh()
-        yield f"recipe {run.graph.recipe.name}"
-        yield f"  documents            {_ingested(run)}"
-        for entry in run.graph.scored:
-            yield f"  {entry.name:<20} {_scored(run, entry.name)}"
-        for name, made in lake.rows(
-            "SELECT name, made_at FROM lake.main.mixtures WHERE recipe = ? AND \"table\" <> ''", [run.graph.recipe.name]
-        ):
-            yield f"  mixture {name:<12} made {made:%Y-%m-%d %H:%M}"
-        yield "runs"
-        query = "SELECT run, recipe, state, started, ended - started FROM lake.main.runs ORDER BY started DESC LIMIT 10"
-        for row in lake.rows(query):
-            state = "killed, or still running" if row[2] == "running" else row[2]
-            yield f"  {row[0]}  {row[1]:<16} {row[3]:%Y-%m-%d %H:%M}  {state}  {row[4] or ''}"
+        if graph is None:
+            last = lake.rows("SELECT resolved FROM lake.main.runs ORDER BY started DESC LIMIT 1")
+            try:
+                graph = Graph(Recipe.of(json.loads(last[0][0]))) if last else None
+            except RecipeError as error:
+                yield f"the last recipe cannot be read here ({error}); name it: status RECIPE --lake {folder}"
+        if graph is not None:
+            yield from _tables(Run(lake, graph, Serial()))
+        query = (
+            "SELECT run, recipe, state, started, ended - started, snapshot FROM lake.main.runs "
+            "ORDER BY started DESC LIMIT 10"
+        )
+        runs = lake.rows(query)
+        yield "runs" if runs else "nothing has run on this lake yet"
+        for name, recipe, state, started, took, snapshot in runs:
+            told = "killed, or still running" if state == "running" else f"{state}, snapshot {snapshot}, {took}"
+            yield f"  {name}  {recipe:<16} {started:%Y-%m-%d %H:%M}  {told}"
     finally:
         lake.close()
+
+
+def _tables(run: Run) -> Iterator[str]:
+    graph, lake = run.graph, run.lake
+    run.refresh()
+    yield f"recipe {graph.recipe.name}"
+    yield f"  {'documents':<24} {_ingested(run)}"
+    for entry in graph.scored:
+        yield f"  {entry.name:<24} {_scored(run, entry.name)}"
+    for name in graph.recipe.rules:
+        yield f"  {name:<24} rules, a view over {graph.entries[name].signals}"
+    query = "SELECT name, made_at FROM lake.main.mixtures WHERE recipe = ?"
+    made = dict(lake.rows(query, [graph.recipe.name]))
+    for name in (*graph.recipe.weights, *graph.recipe.mixtures):
+        yield f"  {name:<24} " + (f"made {made[name]:%Y-%m-%d %H:%M}" if name in made else "to make")
+    yield f"a query can name: {', '.join(lake.tables(graph.recipe.name))}; mixture('NAME'), explain('NAME')"
 
 
 def trial(graph: Graph, fraction: float, executor: Executor) -> Iterator[str]:
@@ -106,7 +134,7 @@ def trial(graph: Graph, fraction: float, executor: Executor) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="corpusmill-") as folder:
         lake = Lake.create(folder)
         run = Run(lake, graph, executor, sample=fraction)
-        sizes = {source.name: sum(file.size for file in list_files(source)) for source in graph.recipe.sources}
+        total = sum(file.size for files in check_sources(graph).values() for file in files)
         spent: dict[str, float] = {}
         try:
             with recorded(run):
@@ -116,7 +144,7 @@ def trial(graph: Graph, fraction: float, executor: Executor) -> Iterator[str]:
                     spent[step.name] = time.monotonic() - begun
             (read,) = lake.rows("SELECT sum(size) FROM lake.main.files WHERE active")[0]
             documents = sum(shard.rows for shard in run.documents().values())
-            factor = sum(sizes.values()) / read
+            factor = total / read
             yield f"sample: {documents:,} documents, 1/{factor:,.1f} of the input, so {documents * factor:,.0f} in all"
             for name, seconds in spent.items():
                 whole = seconds * factor

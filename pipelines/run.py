@@ -218,6 +218,7 @@ def recorded(run: Run) -> Iterator[Record]:
     try:
         yield record
         publish(run)
+        run.lake.sweep()
         state = "done"
     finally:
         snapshot = run.lake.snapshot()

@@ -42,8 +42,11 @@ def create(folder: Path, catalog: str = "") -> None:
         catalog: "" for SQLite beside the data, or a PostgreSQL URL for a team.
     """
     if not (folder / "lake.toml").exists():
-        (folder / "data" / "main").mkdir(parents=True, exist_ok=True)
-        (folder / "locks").mkdir(exist_ok=True)
+        try:
+            (folder / "data" / "main").mkdir(parents=True, exist_ok=True)
+            (folder / "locks").mkdir(exist_ok=True)
+        except OSError as error:
+            raise RecipeError(f"no lake can be made at {folder}: {error.strerror}; choose another folder") from None
         aside = folder / f".lake.toml.{os.getpid()}"
         aside.write_text(f"format = {FORMAT}\ncatalog = {json.dumps(catalog)}\n")
         os.rename(aside, folder / "lake.toml")
@@ -59,7 +62,8 @@ def attach(folder: Path, *, read_only: bool = False) -> duckdb.DuckDBPyConnectio
     con = duckdb.connect(config={"allow_unsigned_extensions": "false", "autoinstall_known_extensions": "false"})
     backend, store = ("postgres", url) if url else ("sqlite", str(folder / "catalog.sqlite"))
     load_extensions(con, "ducklake", "postgres_scanner" if url else "sqlite_scanner")
-    options = [f"DATA_PATH {quote(str(folder / 'data') + '/')}", "DATA_INLINING_ROW_LIMIT 0"]
+    # The paths in the catalog are relative: a lake may be moved or copied as a folder.
+    options = ["OVERRIDE_DATA_PATH true", f"DATA_PATH {quote(str(folder / 'data') + '/')}", "DATA_INLINING_ROW_LIMIT 0"]
     if not url:
         options += ["META_JOURNAL_MODE 'WAL'", "META_BUSY_TIMEOUT 10000"]
     if read_only:
@@ -74,6 +78,8 @@ def _settings(folder: Path) -> dict[str, Any]:
         settings = tomllib.loads((folder / "lake.toml").read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(f"no lake at {folder}; make one with: corpusmill run RECIPE --lake {folder}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{folder / 'lake.toml'} is damaged: {error}; restore format and catalog") from None
     if settings["format"] > FORMAT:
         raise RecipeError(f"{folder} is a lake of format {settings['format']}; upgrade corpusmill (it reads {FORMAT})")
     return settings

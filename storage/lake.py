@@ -369,7 +369,7 @@ def run_sql(query: str, **relations: pa.Table) -> pa.Table:
         try:
             return con.execute(query).to_arrow_table()
         except duckdb.Error as error:
-            raise QueryError(f"{error}\nin: {query}") from None
+            raise QueryError(str(error).split("\n\nLINE ")[0]) from None  # the SQL around the user's is no help
 
 
 def check_aligned(expected: pa.ChunkedArray, found: pa.ChunkedArray, what: str) -> None:

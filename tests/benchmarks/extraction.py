@@ -1,8 +1,8 @@
 """What a crawl's text costs: quality and speed of both extractors, and of the whole way from WARC to documents.
 
-    python tests/benchmarks/extraction.py [folder]          or CORPUSMILL_BENCH_DATA=folder
+    CORPUSMILL_BENCH_DATA=FOLDER python tests/benchmarks/extraction.py
 
-The folder holds, at any depth, NAME.warc.gz beside NAME.gold.jsonl.gz: pages, and for each of them {"url", "text"} with
+FOLDER/html holds NAME.warc.gz beside NAME.gold.jsonl.gz: pages, and for each of them {"url", "text"} with
 the main text as people marked it. Pages without gold are timed only. One process; the best of three rounds in turn.
 
 F1 is token-level: words (\\w+, lower case) as a bag, then runs of four words, to which order matters. A page's F1 is
@@ -12,7 +12,6 @@ the harmonic mean of precision and recall; the score is the mean over pages.
 import gzip
 import os
 import re
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -119,10 +118,10 @@ def whole_way(crawl: Path) -> None:
 
 
 def main() -> None:
-    folder = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("CORPUSMILL_BENCH_DATA", "")
-    crawls = sorted(Path(folder).rglob("*.warc.gz")) if folder else []
+    folder = os.environ.get("CORPUSMILL_BENCH_DATA")
+    crawls = sorted(Path(folder, "html").glob("*.warc.gz")) if folder else []
     if not crawls:
-        print("skipped: no *.warc.gz; name a folder as argument or in CORPUSMILL_BENCH_DATA")
+        print("skipped: CORPUSMILL_BENCH_DATA names no folder with html/*.warc.gz")
         return
     for crawl in crawls:
         gold = crawl.with_name(crawl.name.removesuffix(".warc.gz") + ".gold.jsonl.gz")

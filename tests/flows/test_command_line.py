@@ -227,7 +227,7 @@ def test_the_verbs_one_by_one_give_the_same_lake(corpus, home, whole, tmp_path):
 
 def test_query_prints_tables_csv_and_json(home, whole):
     ask = ("query", "SELECT source, count(*) AS n FROM documents GROUP BY 1 ORDER BY 1", "--lake", whole, "--format")
-    assert corpusmill(home, *ask, "csv").stdout == '"source","n"\n"notes",600\n"pages",20\n'
+    assert corpusmill(home, *ask, "csv").stdout == "source,n\nnotes,600\npages,20\n"
     lines = corpusmill(home, *ask, "json").stdout.splitlines()
     assert [json.loads(line) for line in lines] == [{"source": "notes", "n": 600}, {"source": "pages", "n": 20}]
     assert "notes" in corpusmill(home, *ask, "table").stdout
@@ -252,7 +252,7 @@ def test_a_sample_tells_rates_and_drops(corpus, home):
     ("change", "told"),
     [
         (("max_epochs", "max_epoch"), "mixtures.main.max_epoch: no such key; did you mean 'max_epochs'?"),
-        (("gopher.n_words", "gopher.words"), "did you mean gopher.n_words"),
+        (("gopher.n_words", "gopher.words"), "'gopher' has no column 'words'; did you mean 'n_words'?"),
         (("notes-*.jsonl", "absent-*.jsonl"), "absent-*.jsonl"),
         (("min_words", "min_word"), "no such threshold; did you mean 'min_words'?"),
         (('scorer = "gopher"', 'scorer = "gofer"'), "no scorer 'gofer'; did you mean 'gopher'?"),
