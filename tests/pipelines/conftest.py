@@ -66,10 +66,13 @@ class Job:
                 record.note(step.name, *perform(run, step))
         return Done(run, record.counts)
 
-    def ask(self, query: str, recipe: str | None = None) -> list[tuple[Any, ...]]:
-        """Rows of a user's query."""
-        table = self.lake.query(query, recipe)
-        return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    def ask(self, query: str, recipe: str = "test") -> list[tuple[Any, ...]]:
+        """Rows of SQL over a recipe's names, on the lake's own connection: a query's own takes 0.1 s to attach."""
+        self.lake.rows(f"USE lake.{recipe}")
+        try:
+            return self.lake.rows(query)
+        finally:
+            self.lake.rows("USE memory.main")
 
 
 @pytest.fixture

@@ -42,7 +42,8 @@ def documents(job) -> dict[int, str]:
 
 def files(job) -> dict[str, int]:
     """Number by name, of the files that the lake now stands on."""
-    return {path.rpartition("/")[2]: number for path, number in job.ask("SELECT path, number FROM files WHERE active")}
+    rows = job.lake.rows("SELECT path, number FROM lake.main.files WHERE active")
+    return {path.rpartition("/")[2]: number for path, number in rows}
 
 
 def ids(number: int, *records: int) -> set[int]:

@@ -56,7 +56,6 @@ def problems(toml: str, base: Path = HERE) -> list[str]:
     try:
         Graph(Recipe.of(tomllib.loads(toml), base=str(base)))
     except RecipeError as error:
-        assert str(error) == "\n".join(error.problems)
         return list(error.problems)
     return []
 
