@@ -7,6 +7,7 @@ is no longer listed. Small files are packed into groups; a group becomes whole s
 """
 
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,9 @@ from typing import Any, Literal
 from pipelines.execute import Resources
 from pipelines.frames import INGESTED
 from pipelines.graph import Graph
+from pipelines.recipe import Recipe
 from pipelines.run import Counts, Run, group_of
-from storage.errors import SchemaError, ShardError
+from storage.errors import RecipeError, SchemaError, ShardError
 from storage.intake import InputFile, Taken, take_in
 from storage.lake import Lake
 from storage.schema import DOCUMENTS, REJECTS
@@ -47,6 +49,7 @@ def ingest(run: Run) -> Counts:
     """Bring the documents table up to date with the sources. Returns counts per source, and by reason."""
     lake, graph = run.lake, run.graph
     with lake.locked("files", run.who, wait=True):
+        _refuse_names_of_others(lake, graph.recipe)
         for source in graph.recipe.sources:
             found = list_files(source)
             register(lake, source, found if run.sample == 1.0 else sampled(found, run.sample))
@@ -60,6 +63,21 @@ def ingest(run: Run) -> Counts:
         run.progress.begin("ingest", sum(group.size for group in groups), "bytes")
         run.map("ingest", partial(make_intake, graph, lake.data), groups, partial(keep, run), lambda g: g.size)
     return books(run)
+
+
+def _refuse_names_of_others(lake: Lake, recipe: Recipe) -> None:
+    """RecipeError where another recipe of this lake calls other files by a source's name: they would retire."""
+    last = "SELECT recipe, arg_max(resolved, started) FROM lake.main.runs WHERE recipe <> ? GROUP BY 1 ORDER BY 1"
+    mine = {source["name"]: source for source in recipe.model_dump(mode="json")["sources"]}
+    problems = [
+        f"sources.{source['name']}: recipe {other!r} gives this name to other files, and a source's name "
+        "belongs to the lake; choose another name, or another lake"
+        for other, resolved in lake.rows(last, [recipe.name])
+        for source in json.loads(resolved)["sources"]
+        if source != mine.get(source["name"], source)
+    ]
+    if problems:
+        raise RecipeError(*problems)
 
 
 def make_intake(graph: Graph, data: str, resources: Resources) -> Callable[[Group], Taken]:

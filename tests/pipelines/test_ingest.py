@@ -246,3 +246,15 @@ def test_a_group_whose_files_changed_while_it_was_read_is_not_kept(three):
         keep(run, [(group, taken)])
     three.run(three.recipe())
     assert set(documents(three).values()) == {"changed", *(page["text"] for page in PAGES[4:])}
+
+
+def test_a_sources_name_belongs_to_the_lake(job):
+    """Else two recipes would retire each other's documents at every run."""
+    job.write("pool/a.jsonl", ["one text", "another text"])
+    job.write("other/a.jsonl", ["a third text"])
+    job.run(job.recipe(name="first"))
+    same_name = {"name": "pool", "format": "jsonl", "path": "other/*.jsonl"}
+    with pytest.raises(RecipeError, match="sources.pool: recipe 'first' gives this name to other files"):
+        job.run(job.recipe(name="second", sources=[same_name]))
+    assert job.lake.query("SELECT count(*) AS n FROM documents", "first").to_pydict() == {"n": [2]}
+    job.run(job.recipe(name="first", sources=[same_name]))  # its own name, a recipe may move
