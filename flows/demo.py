@@ -15,24 +15,26 @@ from storage.lake import Lake
 
 FOLDER = Path("demo")
 
-BY_SOURCE = """
-WITH read AS (
-    SELECT f.source, sum(l.records) AS read, sum(l.documents) AS documents, sum(l.rejects) AS rejected
-    FROM ledger l JOIN files f ON l.file = f.number WHERE f.active GROUP BY 1
-), fate AS (
-    SELECT source, count(*) FILTER (dropped IN ('where', 'null')) AS filtered,
-        count(*) FILTER (dropped = 'duplicate') AS deduplicated,
-        count(*) FILTER (dropped = 'draw' OR dropped IS NULL) AS kept,
-        count(*) FILTER (copies > 0) AS exported, sum(copies) AS copies, sum(copies * tokens) AS tokens
-    FROM explain('main') GROUP BY 1
-)
-SELECT source, read, rejected, documents, filtered, deduplicated, kept, exported, copies, tokens
-FROM read JOIN fate USING (source) ORDER BY tokens DESC
+FATES = """
+    count(*) AS documents,
+    count(*) FILTER (dropped IN ('where', 'null')) AS filtered,
+    count(*) FILTER (dropped = 'duplicate') AS deduplicated,
+    count(*) FILTER (dropped IS NULL OR dropped = 'draw') AS kept,
+    count(*) FILTER (copies > 0) AS exported,
+    sum(copies) AS copies,
+    sum(copies * tokens) AS tokens
 """
-BY_DOMAIN = """
-SELECT "group" AS domain, documents AS kept, tokens AS kept_tokens, share, weight, epochs,
-    taken_documents AS exported, taken_tokens AS exported_tokens
-FROM weights WHERE mixture = 'main' ORDER BY taken_tokens DESC LIMIT 12
+BY_SOURCE = f"""
+WITH read AS (
+    SELECT f.source, sum(l.records) AS read, sum(l.rejects) AS rejected
+    FROM ledger l JOIN files f ON l.file = f.number WHERE f.active GROUP BY 1
+)
+SELECT source, any_value(read) AS read, any_value(rejected) AS rejected, {FATES}
+FROM explain('main') JOIN read USING (source) GROUP BY 1 ORDER BY tokens DESC
+"""
+BY_DOMAIN = f"""
+SELECT "group" AS domain, {FATES}, round(avg(expected) FILTER (dropped IS NULL OR dropped = 'draw'), 3) AS epochs
+FROM explain('main') GROUP BY 1 ORDER BY tokens DESC LIMIT 12
 """
 REASONS = "SELECT source, reason, count(*) AS records FROM rejects GROUP BY ALL ORDER BY records DESC, reason"
 QUALITY = """
@@ -65,7 +67,7 @@ def main() -> None:
         ("What became of each source", BY_SOURCE),
         ("Why records were rejected", REASONS),
         ("The Gopher rules, and what the language model thinks", QUALITY),
-        ("The mixture: the 12 largest of its domains", BY_DOMAIN),
+        ("What became of each domain: the 12 largest of the mixture", BY_DOMAIN),
     ):
         _say(title)
         show(lake.query_batches(query), "table")

@@ -30,6 +30,7 @@ def show(answer: "pa.RecordBatchReader", format: str) -> None:
 
 
 def _table(answer: "pa.RecordBatchReader") -> None:
+    import pyarrow as pa
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -37,7 +38,7 @@ def _table(answer: "pa.RecordBatchReader") -> None:
 
     table = Table(box=box.SIMPLE_HEAD)
     for field in answer.schema:
-        number = field.type in _numbers()
+        number = pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_decimal(field.type)
         table.add_column(field.name, justify="right" if number else "left", overflow="fold", no_wrap=False)
     rows = 0
     more = False
@@ -65,8 +66,8 @@ def _plain(value: Any) -> Any:
     """What JSON has no word for: bytes as hex, decimals as numbers, intervals by their parts."""
     if isinstance(value, bytes):
         return value.hex()
-    if isinstance(value, Decimal):
-        return float(value)
+    if isinstance(value, Decimal):  # sums of integers too: DuckDB's 128-bit integers come as decimals
+        return int(value) if value == value.to_integral_value() else float(value)
     if hasattr(value, "months"):
         parts = (value.months, "months"), (value.days, "days"), (value.nanoseconds / 1e9, "seconds")
         return " ".join(f"{amount:g} {unit}" for amount, unit in parts if amount) or "0 seconds"
@@ -82,6 +83,8 @@ def _cell(value: Any) -> Any:
 def _text(value: Any) -> str:
     if value is None:
         return "NULL"
+    if isinstance(value, Decimal):
+        value = _plain(value)
     if isinstance(value, float):
         text = f"{value:,.4f}".rstrip("0").rstrip(".")
     else:
@@ -89,8 +92,3 @@ def _text(value: Any) -> str:
     text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= SHOWN_WIDTH else text[: SHOWN_WIDTH - 1] + "…"
 
-
-def _numbers() -> set[Any]:
-    import pyarrow as pa
-
-    return {pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint64(), pa.float32(), pa.float64()}
