@@ -46,9 +46,10 @@ def paths_of(run: Run, references: Iterable[Reference]) -> dict[str, dict[str, s
             left = sum(shard not in shards or shards[shard].input != made for shard, made in inputs.items())
             tables[name] = {shard: shards[shard].path for shard in documents if shard in shards}
         if left:
+            verb = "ingest" if entry.kind == "adopted" else "score"
             problems.append(
                 f"scores.{name}: {left} of {len(documents)} shards are not up to date; "
-                f"run: corpusmill score RECIPE --lake {run.lake.folder}"
+                f"run: corpusmill {verb} RECIPE --lake {run.lake.folder}"
             )
     if problems:
         raise RecipeError(*problems)

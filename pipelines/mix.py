@@ -372,7 +372,8 @@ def _named(run: Run, mixture: str, name: str, groups: list[str]) -> tuple[np.nda
     there = set(groups)
     absent = sorted(group for group, weight in said.items() if weight > 0 and group not in there)
     # Weights that were counted over more documents than the mixture takes may lose groups; said ones must not.
-    if absent and run.graph.recipe.weights[name].method == "given":
+    lost = not any(said.get(group) for group in groups)
+    if absent and (lost or run.graph.recipe.weights[name].method == "given"):
         shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
         raise RecipeError(
             f"mixtures.{mixture}: weights.{name} gives weight to groups without a document among the candidates: "

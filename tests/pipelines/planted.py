@@ -66,3 +66,13 @@ class Nameless(MapSpec):
 
 
 NoSpec = dict
+
+
+class Turning(Planted):
+    """Planted, by a spec whose code says which end is good."""
+
+    high: ClassVar[bool] = True
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (Column("value", TYPES[self.type], "planted", higher_is_better=self.high),)
