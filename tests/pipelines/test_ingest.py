@@ -254,7 +254,7 @@ def test_a_sources_name_belongs_to_the_lake(job):
     job.write("other/a.jsonl", ["a third text"])
     job.run(job.recipe(name="first"))
     same_name = {"name": "pool", "format": "jsonl", "path": "other/*.jsonl"}
-    with pytest.raises(RecipeError, match="sources.pool: recipe 'first' gives this name to other files"):
+    with pytest.raises(RecipeError, match=r"sources.pool: recipe 'first' gives this name to other files"):
         job.run(job.recipe(name="second", sources=[same_name]))
     assert job.lake.query("SELECT count(*) AS n FROM documents", "first").to_pydict() == {"n": [2]}
     job.run(job.recipe(name="first", sources=[same_name]))  # its own name, a recipe may move
