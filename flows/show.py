@@ -91,4 +91,3 @@ def _text(value: Any) -> str:
         text = _json(value).decode() if isinstance(value, (dict, list)) else str(_plain(value))
     text = " ".join(text.split()) if "\n" in text else text
     return text if len(text) <= SHOWN_WIDTH else text[: SHOWN_WIDTH - 1] + "…"
-
