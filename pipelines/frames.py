@@ -3,7 +3,8 @@
 Used by workers. `evaluate` gives SQL expressions over documents and entries for every row of a shard, in its order.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 from pipelines.graph import Entry, Graph
 from pipelines.layers import Reference, closure, layered
 from pipelines.run import Run, wanted
-from storage.errors import RecipeError
+from storage.errors import QueryError, RecipeError
 from storage.lake import check_aligned, run_sql
 from storage.shards import read_shard
 
@@ -91,9 +92,19 @@ def covered(graph: Graph, entry: Entry, data: str, paths: Paths, rows: int) -> n
     """For every row of a shard whether the entry's `where` is true there, [rows] of bool."""
     if entry.where is None:
         return np.ones(rows, dtype=bool)
-    table = evaluate(graph, data, paths, entry.where.references, {"wanted": f"coalesce({entry.where.sql}, false)"})
-    found: np.ndarray = table.column(0).to_numpy()
+    expressions = {"wanted": f"coalesce({entry.where.sql}, false)"}
+    with by_field(f"scores.{entry.name}.where"):
+        found: np.ndarray = evaluate(graph, data, paths, entry.where.references, expressions).column(0).to_numpy()
     return found
+
+
+@contextmanager
+def by_field(place: str) -> Iterator[None]:
+    """Where an expression meets a value that it cannot take (a cast, an overflow), the error names its field."""
+    try:
+        yield
+    except QueryError as error:
+        raise RecipeError(f"{place}: {str(error).splitlines()[0]}; TRY_CAST gives NULL where a cast fails") from None
 
 
 def _sparse(data: str, path: str, ids: pa.ChunkedArray, columns: list[str], entry: Entry) -> pa.Table:

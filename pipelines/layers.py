@@ -165,4 +165,4 @@ def _flat(entry: str, column: str) -> str:
 
 
 def _q(identifier: str) -> str:
-    return f'"{identifier}"'
+    return '"' + identifier.replace('"', '""') + '"'  # an adopted column has whatever name its field had

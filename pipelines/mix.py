@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines.execute import Resources
-from pipelines.frames import frame, paths_of
+from pipelines.frames import by_field, frame, paths_of
 from pipelines.graph import Graph, Selected
 from pipelines.layers import Reference, closure, empty, layered, plain_column
 from pipelines.run import Counts, Incomplete, Run, wanted
@@ -218,7 +218,9 @@ def make_candidates(
     query, needed = _candidates(graph, name, seed)
 
     def candidates(item: Item) -> Counter[str]:
-        table = run_sql(query, shard=frame(graph, data, item.paths, needed))
+        rows = frame(graph, data, item.paths, needed)
+        with by_field(_place(graph, name)):
+            table = run_sql(query, shard=rows)
         running = table.filter(pc.is_null(table.column("dropped")))
         for field, column in (("tokens", "tokens"), ("copies", "curve")):
             values = running.column(column).cast(pa.float64())

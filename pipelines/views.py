@@ -22,7 +22,8 @@ def joined(run: Run, references: Iterable[Reference]) -> str:
         entry = graph.entries.get(entry_name)
         if entry is None or entry.kind == "rules":
             continue
-        columns += [f'{q(entry_name)}.{q(column)} AS "{entry_name}.{column}"' for column in sorted(needed[entry_name])]
+        wanted = sorted(needed[entry_name])
+        columns += [f"{q(entry_name)}.{q(column)} AS {q(f'{entry_name}.{column}')}" for column in wanted]
         sql += f" LEFT JOIN lake.main.{q(entry.table)} AS {q(entry_name)} ON _d.doc_id = {q(entry_name)}.doc_id"
     return layered(graph, needed, f"(SELECT {', '.join(columns)} {sql})")
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -476,6 +477,17 @@ def test_unreadable_candidates_are_no_error_of_the_recipe(pool, monkeypatch):
     with pytest.raises(Incomplete, match="input/output error"):
         mixed(pool, recipe_of(pool, budget_tokens=1234))
     assert not list((pool.lake.folder / "scratch").iterdir())
+
+
+def test_a_value_that_an_expression_cannot_take_names_the_field(pool):
+    with pytest.raises(RecipeError) as caught:
+        mixed(pool, recipe_of(pool, where="CAST(text AS INT) > 3"))
+    assert re.fullmatch(
+        r"mixtures\.main: Conversion Error: .*'document 0'.*; TRY_CAST gives NULL .*", str(caught.value)
+    )
+    scores = {"x": {"scorer": "planted:Planted", "field": "_q", "where": "CAST(text AS INT) > 3"}}
+    with pytest.raises(RecipeError, match=r"^scores\.x\.where: Conversion Error: .*; TRY_CAST gives NULL"):
+        mixed(pool, recipe_of(pool) | {"scores": scores})
 
 
 def test_a_lake_without_documents_has_an_empty_mixture(job):
