@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import QueryError
@@ -50,6 +51,8 @@ _SCALARS = {"COLUMN_REF", "CONSTANT", "FUNCTION", "OPERATOR", "COMPARISON", "CON
 _SCALARS |= {"LAMBDA", "COLLATE"}
 _CLASSES = _SCALARS | {"STAR", "SUBQUERY", "WINDOW", "POSITIONAL_REFERENCE"}
 
+MAX_DEPTH = 200
+_TOO_DEEP = "the SQL is nested too deeply; split it up with WITH, or IN (...) for many ORs"
 _PARAMETER = "no parameters ($1, ?): write the value itself"
 
 # They read the clock, and duckdb_functions() calls them consistent or does not say.
@@ -149,13 +152,16 @@ def parse(sql: str, skip: int = 0) -> Parsed:
     """The tree of the one SELECT in `sql`; `skip`: characters of ours before the user's."""
     if "\0" in sql or (not sql.isascii() and any("\ud800" <= char <= "\udfff" for char in sql)):
         raise QueryError("the SQL holds a character that is no text (NUL or a lone surrogate); remove it")
+    # A fixed depth, since how deep json.loads goes hangs on the version of Python.
+    if max(accumulate((char in "([{") - (char in ")]}") for char in sql), default=0) > MAX_DEPTH:
+        raise QueryError(_TOO_DEEP)
     row = _connection().execute("SELECT json_serialize_sql(?::VARCHAR)", [sql]).fetchone()
     assert row is not None
     text = re.sub(r'"query_location":\d+', '"query_location":0', row[0])
     try:
         tree = json.loads(text)
     except RecursionError:
-        raise QueryError("the SQL is nested too deeply; split it up with WITH, or IN (...) for many ORs") from None
+        raise QueryError(_TOO_DEEP) from None
     if tree["error"] and tree["error_type"] != "parser":
         raise QueryError(_not_select(sql))
     if tree["error"]:
