@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 Counts = Mapping[str, Any]
 
 COMMIT_SECONDS = 2.0
-"""At most this much finished work is lost by a kill; fewer, larger commits keep the catalog small."""
+"""What comes more often than this is committed together, which keeps the catalog small; what comes less often, at once."""
 
 
 class Progress(Protocol):
@@ -118,17 +118,18 @@ class Run:
         *,
         gpu: bool = False,
     ) -> None:
-        """Work on all items, hand what is finished to `done` every COMMIT_SECONDS, and note what failed."""
+        """Work on all items, hand what is finished to `done` (see COMMIT_SECONDS), and note what failed."""
         waiting: list[tuple[Item, Result]] = []
-        last = time.monotonic()
+        begun = last = time.monotonic()
         try:
-            for item, result in self.executor.map(make, items, gpu=gpu):
+            for count, (item, result) in enumerate(self.executor.map(make, items, gpu=gpu), 1):
                 if isinstance(result, Failed):
                     self.failed.append(f"{step}: {item}: {result.error}\n{result.traceback}".rstrip())
                 else:
                     waiting.append((item, result))
                 self.progress.advance(size(item))
-                if time.monotonic() - last > COMMIT_SECONDS:
+                now = time.monotonic()
+                if now - last > COMMIT_SECONDS or (now - begun) / count > COMMIT_SECONDS:
                     done(waiting)
                     waiting, last = [], time.monotonic()
         finally:
