@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 Counts = Mapping[str, Any]
 
 COMMIT_SECONDS = 2.0
-"""What comes more often than this is committed together, which keeps the catalog small; what comes less often, at once."""
+"""Results that come more often are committed together, which keeps the catalog small; rarer ones at once."""
 
 
 class Progress(Protocol):
