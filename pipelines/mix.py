@@ -440,10 +440,10 @@ def _keep(
         lake.change("DELETE FROM lake.main.weights WHERE recipe = ? AND mixture = ?", [recipe, name])
         lake.insert("mixtures", [(recipe, name, table, datetime.now(UTC), to_json(record))])
         lake.insert("weights", lines)
-        stale = lake.shards(table).keys() - {file.shard for file in files or ()} if table else ()
-        lake.drop_shards((table, shard) for shard in stale)
 
-    lake.register([(file, record["key"]) for file in files or ()], also=books)
+    stale = lake.shards(table).keys() - {file.shard for file in files or ()} if table else set()
+    gone = [(table, shard) for shard in sorted(stale)]
+    lake.register([(file, record["key"]) for file in files or ()], gone=gone, also=books)
 
 
 @cache

@@ -184,26 +184,37 @@ class Lake:
         query = 'SELECT shard, path, rows, sha256, input FROM lake.main.shards WHERE "table" = ? ORDER BY shard'
         return {row[0]: Shard(*row) for row in self.rows(query, [table])}
 
-    def register(self, written: Iterable[tuple[ShardFile, str]], *, also: Callable[[], None] | None = None) -> None:
+    def register(
+        self,
+        written: Iterable[tuple[ShardFile, str]],
+        *,
+        gone: Iterable[tuple[str, str]] = (),
+        also: Callable[[], None] | None = None,
+    ) -> None:
         """Make written shards part of their tables, in one transaction; a shard of that name is replaced.
 
         Args:
             written: shard files, each with its `input`.
+            gone: (table, shard) pairs that leave in the same transaction.
             also: further changes of the same transaction.
         """
-        files = list(written)
+        files, leaving = list(written), list(gone)
 
         def change() -> None:
+            # Rows go by their range of ids, which new shards may overlap: so all old ones go before any new ones come.
+            self.drop_shards(leaving)
+            new = []
             for file, _ in files:
                 known = self.rows(
                     'SELECT path FROM lake.main.shards WHERE "table" = ? AND shard = ?', [file.table, file.shard]
                 )
-                if known:
-                    if known[0][0] != file.path:
-                        self._drop_rows(file.table, known[0][0])
-                    self._run('DELETE FROM lake.main.shards WHERE "table" = ? AND shard = ?', [file.table, file.shard])
                 if not known or known[0][0] != file.path:
-                    self._add_file(file)
+                    new.append(file)
+                    self.drop_shards([(file.table, file.shard)])
+                else:
+                    self._forget(file.table, file.shard)
+            for file in new:
+                self._add_file(file)
             self._insert("shards", [(f.table, f.shard, f.path, f.rows, f.sha256, made) for f, made in files])
             if also is not None:
                 also()
@@ -216,7 +227,10 @@ class Lake:
             known = self.rows('SELECT path FROM lake.main.shards WHERE "table" = ? AND shard = ?', [table, shard])
             for (path,) in known:
                 self._drop_rows(table, path)
-            self._run('DELETE FROM lake.main.shards WHERE "table" = ? AND shard = ?', [table, shard])
+                self._forget(table, shard)
+
+    def _forget(self, table: str, shard: str) -> None:
+        self._run('DELETE FROM lake.main.shards WHERE "table" = ? AND shard = ?', [table, shard])
 
     def _add_file(self, file: ShardFile) -> None:
         if file.rows == 0:
@@ -225,7 +239,7 @@ class Lake:
         self._run(f"CALL ducklake_add_data_files('lake', {quote(file.table)}, {path})")
 
     def _drop_rows(self, table: str, path: str) -> None:
-        """Delete the rows of one file by its id range (ranges of a table's shards never overlap)."""
+        """Delete the rows of one file by its id range (shards that a table has at one time never overlap)."""
         low, high = self.id_range(path)
         if low <= high:
             self._run(f"DELETE FROM lake.main.{name(table)} WHERE doc_id BETWEEN {low} AND {high}")

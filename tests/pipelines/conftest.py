@@ -66,6 +66,13 @@ class Job:
                 record.note(step.name, *perform(run, step))
         return Done(run, record.counts)
 
+    def check(self) -> None:
+        """Law of every lake: what SQL sees of a table are the rows of its shards, each id once."""
+        shards = 'SELECT "table", sum(rows) FROM lake.main.shards GROUP BY 1 ORDER BY 1'
+        for table, rows in self.lake.rows(shards):
+            counted = self.lake.rows(f'SELECT count(*), count(DISTINCT doc_id) FROM lake.main."{table}"')
+            assert counted == [(rows, rows)], table
+
     def ask(self, query: str, recipe: str = "test") -> list[tuple[Any, ...]]:
         """Rows of SQL over a recipe's names, on the lake's own connection: a query's own takes 0.1 s to attach."""
         self.lake.rows(f"USE lake.{recipe}")
@@ -79,4 +86,5 @@ class Job:
 def job(tmp_path: Path) -> Iterator[Job]:
     job = Job(tmp_path)
     yield job
+    job.check()
     job.lake.close()

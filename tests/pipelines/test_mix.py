@@ -444,6 +444,21 @@ def test_a_mixture_is_made_again_when_anything_that_it_stands_on_changed_and_onl
     assert reused() == (True, True)
 
 
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_a_mixture_follows_its_documents_into_other_shards(job, name):
+    """The first file of a group gives the shards their names; the old ones cover the same ids."""
+    for number, file in enumerate("abc"):
+        job.write(f"pool/{file}.jsonl", POOL[3 * number :][:3])
+    recipe = recipe_of(job)
+    job.run(recipe)
+    job.write(f"pool/{name}.jsonl", [planted({"text": "changed", "tokens": 3})])
+    job.run(recipe)
+    table = job.graph(recipe).mixture_table("main")
+    mixed = job.lake.rows(f"SELECT doc_id, copies FROM lake.main.{table} ORDER BY doc_id")
+    assert mixed == [(doc_id, 1) for (doc_id,) in job.ask("SELECT doc_id FROM documents ORDER BY 1")]
+    assert len(mixed) == 7
+
+
 def test_a_scorer_that_changed_its_mind_about_the_good_end_is_heard(job, monkeypatch):
     """`higher_is_better` is no value, so it is in no fingerprint; the mixtures that go by it are made again."""
     job.write("pool/all.jsonl", POOL[:30])
