@@ -198,7 +198,8 @@ def chosen(run: Run, name: str, seed: int) -> Iterator[Chosen]:
         query, needed = _candidates(graph, name, seed)
         pq.write_table(run_sql(query, shard=empty(graph, needed)), scratch / "none.parquet")  # its schema, always
         files = [str(scratch / f"{stem}.parquet") for stem in ("none", *(item.shard for item in items))]
-        with lake.space({"evaluated": f"SELECT * FROM read_parquet([{', '.join(map(quote, files))}])"}) as space:
+        evaluated = f"SELECT * FROM read_parquet([{', '.join(map(quote, files))}])"
+        with lake.space({"evaluated": evaluated}, attached=False) as space:
             space.run("CREATE TEMP VIEW candidates AS SELECT * FROM evaluated")
             cuts = _cuts(space, selected)
             space.run(f"CREATE OR REPLACE TEMP VIEW candidates AS {_within(selected, cuts)}")
