@@ -5,6 +5,7 @@
 The same model is the flow's parameter, survives JSON, and is kept with every run: running that file repeats it.
 """
 
+import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -179,14 +180,17 @@ class Recipe(Strict):
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
-        """Read a recipe; relative paths in it count from its folder."""
+        """Read a recipe; relative paths in it count from its folder. A .json file is what `runs.resolved` holds."""
         path = Path(path)
+        read = json.loads if path.suffix == ".json" else tomllib.loads
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
+            data = read(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecipeError(f"no recipe at {path}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-            raise RecipeError(f"{path} is not TOML: {error}") from None
+        except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+            raise RecipeError(f"{path} is not {path.suffix[1:].upper() or 'TOML'}: {error}") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"{path} holds no recipe; a recipe is an object with name and sources")
         return cls.of(data, base=str(path.resolve().parent))
 
     @classmethod

@@ -292,3 +292,12 @@ def test_a_table_that_another_run_writes_is_left_alone(corpus, home, whole):
         done = corpusmill(home, "score", corpus / "recipe.toml", "gopher", "--lake", whole, "--workers", 0)
     assert done.returncode == 2
     assert "is being written by run 7 of recipe 'other' (pid" in done.stderr
+
+
+def test_the_recipe_that_a_run_keeps_repeats_it(corpus, home, whole, tmp_path):
+    kept = Lake(whole).query("SELECT resolved FROM runs WHERE state = 'done' ORDER BY started LIMIT 1").column(0)[0]
+    (tmp_path / "kept.json").write_text(kept.as_py())
+    plan = corpusmill(home, "check", tmp_path / "kept.json", "--lake", whole)
+    assert plan.returncode == 0, plan.stderr
+    assert " to compute" not in plan.stdout
+    assert "0 to do" in plan.stdout
