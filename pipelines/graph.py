@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from pipelines.layers import check_types, plain_column
 from pipelines.recipe import RESERVED, Mixture, Recipe, RuleSet, Selection, Weights
-from scorers.base import ColumnsSpec, ReduceSpec, Spec
+from scorers.base import ColumnsSpec, MapSpec, ReduceSpec, Spec
 from storage.errors import QueryError, RecipeError
 from storage.expressions import Expression, Scope, check_expression, check_order
 from storage.schema import DOCUMENTS, Column, score_schema
@@ -133,6 +133,12 @@ class Graph:
                 dot = "." if problem.partition(":")[0] in type(score.spec).model_fields else ": "
                 self._problems.append(f"scores.{name}{dot}{problem}")
             entry = Entry(name, score.spec.kind, score.spec.columns, score.spec)
+            if isinstance(score.spec, MapSpec):
+                for column in sorted(set(score.spec.reads) - set(DOCUMENTS.names)):
+                    there = nearest(column, DOCUMENTS.names)
+                    self._problems.append(
+                        f"scores.{name}: {type(score.spec).__name__} reads {column!r}, no column{there}"
+                    )
             if isinstance(score.spec, ReduceSpec):
                 maps = {part: f"{name}_{part}" for part in score.spec.maps()}
                 for part, spec in score.spec.maps().items():

@@ -100,7 +100,7 @@ class Selection(Strict):
     group_by: str = "domain"
     where: str | None = None
     unscored: Literal["error", "drop", "keep"] = "error"
-    """What to do where `where` is NULL because an entry has not been computed for the document."""
+    """What to do with a document for which a score that `where` or `best` needs has not been computed."""
     best: Mapping[str, Fraction] = {}
     """Per column the fraction of the candidates to keep from its good end; the cut is frozen as a number."""
     one_per: str | None = None
@@ -108,7 +108,7 @@ class Selection(Strict):
     prefer: str | None = None
     """An expression; a plain score column knows which end is good, else end it with ASC or DESC. NULL comes last."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Fraction of the documents, by whole clusters, kept out of every mixture of this seed."""
+    """Fraction of the documents, by whole clusters of `one_per`, kept out of every mixture of this seed."""
 
 
 class Weights(Selection):

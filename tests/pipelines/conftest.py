@@ -37,6 +37,7 @@ class Job:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lake = Lake.create(self.folder / self.name)
+        self.lake.rows("SET threads = 1")  # hundreds of queries of a few rows each: a second thread only costs
 
     def elsewhere(self, name: str) -> "Job":
         """The same sources with another lake."""

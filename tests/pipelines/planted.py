@@ -61,6 +61,12 @@ class Twice(ColumnsSpec):
         return score
 
 
+class Misreading(Planted):
+    """Planted, by a spec that asks for a column that documents do not have."""
+
+    reads: ClassVar[tuple[str, ...]] = ("txt",)
+
+
 class Nameless(MapSpec):
     """A spec that forgot its field `scorer`."""
 

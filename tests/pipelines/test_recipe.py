@@ -92,6 +92,7 @@ ONE_WRONG = [
     ("planted:Planted", "planted:Plantd", ["scores.quality", "planted has no Plantd; did you mean 'Planted'?"]),
     ("planted:Planted", "planted:NoSpec", ["scores.quality", "is no Spec; derive it from MapSpec"]),
     ("planted:Planted", "planted:Nameless", ["scores.quality", "give Nameless the field `scorer: str`"]),
+    ("planted:Planted", "planted:Misreading", ["scores.quality: ", "reads 'txt', no column; did you mean 'text'?"]),
     ('field = "q"', "", ["scores.quality.field: is missing"]),
     ('field = "q"', 'feld = "q"', ["scores.quality.feld: no such key; did you mean 'field'?"]),
     ('good = "high"', 'good = "best"', ["scores.quality.good: input should be 'high', 'low'", "'best'"]),
@@ -228,6 +229,17 @@ def test_given_weights_have_shares_and_nothing_else():
     assert problems(given.replace('where = "true"', "").replace("a = 0.5", "a = -1"))[0].startswith(
         "weights.flat.share.a"
     )
+
+
+def test_an_extractor_that_is_not_installed_is_told_with_the_others(monkeypatch):
+    monkeypatch.setattr("storage.sources.find_spec", lambda name: None)
+    monkeypatch.setattr("pipelines.recipe.Intake.fingerprint", None)
+    toml = changed("[scores.language]", '[ingest]\nextractor = "trafilatura"\n[scores.language]').replace(
+        "min_w", "min_v"
+    )
+    found = problems(toml)
+    assert [problem.partition(":")[0] for problem in found] == ["ingest.extractor", "rules.clean.min_vords"]
+    assert "pip install" in found[0]
 
 
 def test_a_recipe_without_sources_says_so_once():
