@@ -1,22 +1,19 @@
-"""Mix: which documents, how often, under a token budget. The four steps are in mixture.sql.
+"""Mix: which documents, how often, under a token budget; the last two steps of mixture.sql.
 
-    candidates   per shard, on workers: the expressions are evaluated once, side by side, into a narrow scratch file
-    choices      once: cuts become numbers, one per cluster among the candidates, holdout by cluster
-    totals       once: tokens per group -> weights -> epochs under the cap
-    draw         per shard, on workers: copies by a hash draw; aligned with the documents, like a score
+    choose   pipelines.choose: which documents are in the running
+    totals   once: tokens per group -> weights -> epochs under the cap
+    draw     per shard, on workers: copies by a hash draw; aligned with the documents, like a score
 
 The mixture's record keeps what each step dropped, the cuts, the budget, and what is left of it.
 """
 
 import hashlib
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipelines.choose import Item, chosen, sections, sql
 from pipelines.execute import Resources
-from pipelines.frames import by_field, frame, paths_of
-from pipelines.graph import Graph, Selected
-from pipelines.layers import Reference, closure, empty, layered, plain_column
-from pipelines.run import Counts, Incomplete, Run, wanted
+from pipelines.run import Counts, Run, wanted
 from scorers.domains import weights as weighers
-from storage.catalog import quote
 from storage.errors import RecipeError
-from storage.expressions import Expression
-from storage.lake import LakeSpace, run_sql, to_json
+from storage.lake import run_sql, to_json
 from storage.shards import ShardFile, write_shard
 
 MIXTURE = pa.schema(
@@ -51,35 +44,12 @@ MIXTURE = pa.schema(
 
 
 @dataclass(frozen=True)
-class Item:
-    """One document shard: its files by table name ("" for documents)."""
-
-    shard: str
-    rows: int
-    paths: Mapping[str, str]
-
-    def __str__(self) -> str:
-        return f"shard {self.shard}"
-
-
-@dataclass(frozen=True)
 class Drawn:
     """One shard of the mixture; per group how many documents and tokens were taken; per step what was dropped."""
 
     file: ShardFile
     taken: Mapping[str, tuple[int, int]]
     dropped: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What steps 1 and 2 leave: the scratch files, the cuts (as SQL and as numbers), tokens and documents by group."""
-
-    items: list[Item]
-    scratch: Path
-    within: str
-    cuts: Mapping[str, float | None]
-    totals: pa.Table
 
 
 def weigh(run: Run, name: str) -> Counts:
@@ -174,126 +144,12 @@ def current(run: Run, name: str) -> bool:
     return _recorded(run, name) == key
 
 
-@contextmanager
-def chosen(run: Run, name: str, seed: int) -> Iterator[Chosen]:
-    """Steps 1 and 2 for a selection, and the tokens per group that they leave."""
-    graph, lake = run.graph, run.lake
-    selected = graph.selections[name]
-    tables = paths_of(run, selected.references)
-    items = [
-        Item(shard, document.rows, {t: files[shard] for t, files in tables.items()} | {"": document.path})
-        for shard, document in run.documents().items()
-    ]
-    with lake.scratch(f"{name}-{run.id}") as scratch:
-        run.progress.begin(f"{name}: candidates", sum(item.rows for item in items), "documents")
-        make = partial(make_candidates, graph, name, seed, lake.data, str(scratch))
-        found: list[tuple[Item, Counter[str]]] = []
-        failed = len(run.failed)
-        run.map(name, make, items, found.extend, lambda item: item.rows)
-        if len(run.failed) > failed:
-            raise Incomplete(f"{name}: candidates could not be read:\n" + "\n".join(run.failed[failed:]))
-        unscored = sum((counts for _, counts in found), Counter[str]())
-        if unscored and selected.unscored == "error":
-            raise RecipeError(*_refusal(run, name, unscored))
-        query, needed = _candidates(graph, name, seed)
-        pq.write_table(run_sql(query, shard=empty(graph, needed)), scratch / "none.parquet")  # its schema, always
-        files = [str(scratch / f"{stem}.parquet") for stem in ("none", *(item.shard for item in items))]
-        evaluated = f"SELECT * FROM read_parquet([{', '.join(map(quote, files))}])"
-        with lake.space({"evaluated": evaluated}, attached=False) as space:
-            space.run("CREATE TEMP VIEW candidates AS SELECT * FROM evaluated")
-            cuts = _cuts(space, selected)
-            space.run(f"CREATE OR REPLACE TEMP VIEW candidates AS {_within(selected, cuts)}")
-            direction = "DESC" if selected.prefer and selected.prefer[1] else "ASC"
-            space.run(f"CREATE TEMP TABLE choices AS {_sql('choices', direction=direction, holdout=selected.holdout)}")
-            space.run(f"CREATE TEMP VIEW chosen AS {_sql('chosen', holdout=selected.holdout)}")
-            totals = space.read(_sql("totals")).read_all()
-            pq.write_table(space.read("FROM choices ORDER BY doc_id").read_all(), scratch / "choices.parquet")
-        frozen = {column.sql: cut for (column, _, _), cut in zip(selected.best, cuts, strict=True)}
-        yield Chosen(items, scratch, _within(selected, cuts), frozen, totals)
-
-
-def make_candidates(
-    graph: Graph, name: str, seed: int, data: str, scratch: str, resources: Resources
-) -> Callable[[Item], Counter[str]]:
-    """Step 1 on one shard: writes its scratch file; returns per entry how many rows wait for it."""
-    query, needed = _candidates(graph, name, seed)
-
-    def candidates(item: Item) -> Counter[str]:
-        rows = frame(graph, data, item.paths, needed)
-        with by_field(_place(graph, name)):
-            table = run_sql(query, shard=rows)
-        running = table.filter(pc.is_null(table.column("dropped")))
-        for field, column in (("tokens", "tokens"), ("copies", "curve")):
-            values = running.column(column).cast(pa.float64())
-            if not pc.all(pc.and_(pc.is_finite(values), pc.greater_equal(values, 0)), min_count=0).as_py():
-                raise RecipeError(
-                    f"{_place(graph, name)}.{field}: below 0 or infinite for some document; mend it there"
-                )
-        lost = table.filter(pc.equal(table.column("dropped"), "unscored"))
-        flags = [flag for flag in table.column_names if flag.startswith("?")]
-        waiting = Counter({flag[1:]: pc.sum(lost.column(flag), min_count=0).as_py() for flag in flags})
-        pq.write_table(table, Path(scratch, f"{item.shard}.parquet"))
-        return +waiting
-
-    return candidates
-
-
-def _candidates(graph: Graph, name: str, seed: int) -> tuple[str, dict[str, set[str]]]:
-    """The SQL of step 1 over a shard's frame, and what the frame has to hold."""
-    selected = graph.selections[name]
-    needed = closure(graph, selected.references | _computed(selected) | {(None, "text_hash")})
-    keep = selected.unscored == "keep"
-    # (expression, whether a document that was not scored for it can be kept)
-    required = [(selected.where, keep), (selected.tokens, False), (selected.copies, False)]
-    missing = [
-        _sql("missing_or_kept" if kept else "missing", value=expression.sql, scored=_scored(expression))
-        for expression, kept in required
-        if expression is not None
-    ]
-    best = [column for column, _, _ in selected.best]
-    if not keep:
-        missing += [f"WHEN {column.sql} IS NULL AND NOT ({_scored(column)}) THEN 'unscored'" for column in best]
-    waits: dict[str, list[str]] = {}
-    for expression in (*(expression for expression, _ in required if expression is not None), *best):
-        for entry in _entries(expression):
-            waits.setdefault(entry, []).append(f"({expression.sql} IS NULL AND NOT {entry}.computed)")
-    sparse = _sparse_column(graph, selected)
-    query = _sql(
-        "candidates",
-        group=selected.group.sql,
-        tokens=selected.tokens.sql,
-        where=selected.where.sql if selected.where else "true",
-        missing="\n        ".join(missing),
-        cluster=selected.one_per.sql if selected.one_per else "NULL::BIGINT",
-        clustered=f'"{sparse}" IS NOT NULL' if sparse else str(selected.one_per is not None).lower(),
-        prefer=selected.prefer[0].sql if selected.prefer else "NULL::BIGINT",
-        copies=selected.copies.sql if selected.copies else "1.0",
-        best="".join(
-            f"CAST({column.sql} AS DOUBLE) AS best_{i}, {keep} AND NOT ({_scored(column)}) AS free_{i},\n"
-            for i, column in enumerate(best)
-        ),
-        flags="".join(f'({" OR ".join(tests)}) AS "?{entry}",\n' for entry, tests in sorted(waits.items())),
-        seed=seed,
-        rows=f"({layered(graph, needed, 'shard')})",
-    )
-    return query, needed
-
-
-def _entries(expression: Expression) -> list[str]:
-    return sorted({entry for entry, _ in expression.references if entry})
-
-
-def _scored(expression: Expression) -> str:
-    """SQL: whether every entry that the expression names was computed for the document."""
-    return " AND ".join(f"{entry}.computed" for entry in _entries(expression)) or "true"
-
-
 def make_draw(
     holdout: float, within: str, data: str, table: str, scratch: str, epochs: pa.Table, resources: Resources
 ) -> Callable[[Item], Drawn]:
     """Step 4 on one shard: the shard of the mixture. `within` is the SQL that applies the cuts."""
-    chosen = _sql("chosen", holdout=holdout)
-    query = f"WITH candidates AS ({within}), chosen AS ({chosen}) {_sql('draw')}"
+    chosen = sql("chosen", holdout=holdout)
+    query = f"WITH candidates AS ({within}), chosen AS ({chosen}) {sql('draw')}"
 
     def draw(item: Item) -> Drawn:
         evaluated = pq.read_table(Path(scratch, f"{item.shard}.parquet"))
@@ -312,34 +168,6 @@ def make_draw(
         return Drawn(write_shard(data, table, item.shard, drawn.to_batches(), MIXTURE, 65_536), taken, dropped)
 
     return draw
-
-
-def _computed(selected: Selected) -> set[Reference]:
-    return {(entry, "computed") for entry, _ in selected.references if entry}
-
-
-def _sparse_column(graph: Graph, selected: Selected) -> str:
-    """The column "entry.column" when one_per is a plain column of a reduce, where no row means alone in its cluster."""
-    entry, column = plain_column(selected.one_per) if selected.one_per else ("", "")
-    return f"{entry}.{column}" if entry and graph.entries[entry].kind == "reduce" else ""
-
-
-def _cuts(space: LakeSpace, selected: Selected) -> list[float | None]:
-    """Of each `best` the last value that stays, None where no candidate has one."""
-    cuts = []
-    for i, (_, high, fraction) in enumerate(selected.best):
-        query = _sql("cut", sign="-" if high else "", column=f"best_{i}", fraction=fraction)
-        cuts.append(space.read(query).read_all().column("cut")[0].as_py())
-    return cuts
-
-
-def _within(selected: Selected, cuts: list[float | None]) -> str:
-    """SQL of the candidates with those beyond a cut dropped; NULL is beyond any."""
-    tests = ["true"]
-    for i, ((_, high, _), cut) in enumerate(zip(selected.best, cuts, strict=True)):
-        within = f"coalesce(best_{i} {'>=' if high else '<='} CAST('{cut!r}' AS DOUBLE), false)"
-        tests.append(f"(free_{i} OR {within if cut is not None else 'false'})")
-    return _sql("within", inside=" AND ".join(tests))
 
 
 def _epochs(run: Run, name: str, totals: pa.Table) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -386,21 +214,6 @@ def _named(run: Run, mixture: str, name: str, groups: list[str]) -> tuple[np.nda
     return weights, {"weights": name, "sum_of_weights": total, "groups_without_candidates": len(absent)}
 
 
-def _refusal(run: Run, name: str, unscored: Counter[str]) -> Iterator[str]:
-    for entry, count in sorted(unscored.items()):
-        # A verdict is missing where its signals are; what has a where of its own can be widened.
-        limited = sorted(e for e in run.graph.upstream([entry]) if run.graph.entries[e].where)
-        widen = f"widen the where of {' or '.join(limited)}, or " if limited else ""
-        yield (
-            f"{_place(run.graph, name)}: {count} documents in the running have no {entry}; {widen}put its condition "
-            f'into the where of {name}, or set unscored = "drop" or "keep"'
-        )
-
-
-def _place(graph: Graph, name: str) -> str:
-    return f"mixtures.{name}" if name in graph.recipe.mixtures else f"weights.{name}"
-
-
 def _key(run: Run, name: str) -> str:
     """What a mixture or a weights entry is made from: documents, entries, weights, its own definition, our SQL."""
     graph = run.graph
@@ -409,7 +222,7 @@ def _key(run: Run, name: str) -> str:
     mixture = graph.recipe.mixtures.get(name)
     definition = mixture or graph.recipe.weights[name]
     # `selected` also says which end of a column is good, which a scorer of the user's own may change its mind about.
-    parts: list[Any] = [definition.model_dump(mode="json"), graph.recipe.seed, repr(selected), _sections()]
+    parts: list[Any] = [definition.model_dump(mode="json"), graph.recipe.seed, repr(selected), sections()]
     parts += [wanted(shard.sha256, shard.shard) for shard in run.documents().values()]
     parts += [run.key(entry) for entry in entries]
     if mixture and mixture.weights:
@@ -445,15 +258,3 @@ def _keep(
     stale = lake.shards(table).keys() - {file.shard for file in files or ()} if table else set()
     gone = [(table, shard) for shard in sorted(stale)]
     lake.register([(file, record["key"]) for file in files or ()], gone=gone, also=books)
-
-
-@cache
-def _sections() -> dict[str, str]:
-    text = (Path(__file__).parent / "mixture.sql").read_text(encoding="utf-8")
-    parts = re.split(r"^-- \[(\w+)\].*$", text, flags=re.M)
-    bodies = [re.sub(r"^--.*$", "", body, flags=re.M).strip() for body in parts[2::2]]
-    return dict(zip(parts[1::2], bodies, strict=True))
-
-
-def _sql(section: str, **words: object) -> str:
-    return _sections()[section].format(**words)
