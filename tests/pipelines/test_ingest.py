@@ -88,7 +88,7 @@ def test_a_touched_file_is_looked_at_once_and_not_read_again(three, monkeypatch)
     assert set(documents(three).values()) == {page["text"] for page in PAGES}
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl", "c.jsonl"])
+@pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl"])
 def test_a_changed_file_gets_a_new_number_and_the_rest_of_its_group_stays(three, name):
     """Whichever of a group it is: a group goes by its first file."""
     recipe = three.recipe(scores=QUALITY)
@@ -153,7 +153,7 @@ def test_a_source_without_files_is_told_before_any_work(three):
     assert three.lake.rows("SELECT count(*) FROM lake.main.files") == [(0,)]
 
 
-@pytest.mark.parametrize("change", [{"shard_bytes": 20}, {"extractor": "trafilatura"}, {"max_record_bytes": 14}])
+@pytest.mark.parametrize("change", [{"extractor": "trafilatura"}, {"max_record_bytes": 14}])
 def test_other_ingest_settings_are_another_table_of_the_same_files(three, change):
     three.run(three.recipe(name="one"))
     before = files(three)
