@@ -165,9 +165,12 @@ class Lake:
     def make_table(self, table: str, schema: pa.Schema, columns: Iterable[Column] = ()) -> None:
         """Create the table unless it is there; the columns' units and directions become its comments."""
 
+        def there() -> bool:
+            query = "SELECT 1 FROM duckdb_tables() WHERE database_name = 'lake' AND table_name = ?"
+            return bool(self.rows(query, [table]))
+
         def change() -> None:
-            there = self.rows("SELECT 1 FROM duckdb_tables() WHERE database_name = 'lake' AND table_name = ?", [table])
-            if there:
+            if there():  # by another run, meanwhile
                 return
             empty = schema.empty_table()
             self._con.register("_empty", empty)
@@ -177,7 +180,8 @@ class Lake:
                 target = f"lake.main.{name(table)}.{name(column.name)}"
                 self._run(f"COMMENT ON COLUMN {target} IS {quote(column.comment)}")
 
-        self.commit(change)
+        if not there():
+            self.commit(change)
 
     def shards(self, table: str) -> dict[str, Shard]:
         """What exists of a table, by shard name in name order."""
