@@ -17,11 +17,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
 
 from storage.errors import RecipeError, SchemaError
 from storage.paths import beside_recipe
@@ -34,16 +34,22 @@ class _Digested:
     """Marks a field whose file or folder enters the fingerprint by content, not by name."""
 
 
-ModelPath = Annotated[str, AfterValidator(beside_recipe), _Digested()]
-"""A model's file or folder; a relative path counts from the recipe's folder."""
+TRAINED = "models."
 
 
-class Spec(BaseModel):
-    """Parameters of one scorer. Subclasses set `scorer: Literal[name] = name` and `version`."""
+def _model_path(path: str, info: ValidationInfo) -> str:
+    return path if path.startswith(TRAINED) else beside_recipe(path, info)
+
+
+ModelPath = Annotated[str, AfterValidator(_model_path), _Digested()]
+"""A model: file or folder, a relative path counting from the recipe's folder; or "models.x", which the recipe trains."""
+
+
+class Parameters(BaseModel):
+    """What can change a value, read strictly, with one fingerprint over all of it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    kind: ClassVar[Kind]
     version: ClassVar[int] = 1
     """Bumped by hand when the same parameters begin to give other values."""
     libraries: ClassVar[tuple[str, ...]] = ()
@@ -52,13 +58,8 @@ class Spec(BaseModel):
     def __hash__(self) -> int:
         return hash(self.model_dump_json())  # a mapping among the parameters has no hash of its own
 
-    @property
-    @abstractmethod
-    def columns(self) -> tuple[Column, ...]:
-        """What the score table holds beside doc_id and computed."""
-
     def problems(self) -> list[str]:
-        """What keeps this spec from running here, one line each with its remedy. Cheap; loads nothing heavy."""
+        """What keeps these parameters from running here, one line each with its remedy. Cheap; loads nothing heavy."""
         return [
             f"{field}: no file or folder {getattr(self, field)!r}; correct the path"
             for field in self._digested()
@@ -66,7 +67,10 @@ class Spec(BaseModel):
         ]
 
     def fingerprint(self, *inputs: str) -> str:
-        """32 hex digits over all that can change a value: parameters, version, model contents, libraries, inputs."""
+        """32 hex digits over all that can change a value: parameters, version, model contents, libraries, inputs.
+
+        A model that the recipe trains is among the inputs, by its own fingerprint.
+        """
         from importlib.metadata import version
 
         parameters = self.model_dump(mode="json")
@@ -75,13 +79,39 @@ class Spec(BaseModel):
         parameters["inputs"] = inputs
         return hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:32]
 
+    @property
+    def trained(self) -> dict[str, str]:
+        """Per field that names a [models.x] entry of the recipe the x."""
+        named = {name: str(getattr(self, name) or "") for name in self._model_paths()}
+        return {name: value.removeprefix(TRAINED) for name, value in named.items() if value.startswith(TRAINED)}
+
+    def _digested(self) -> list[str]:
+        """Fields whose file or folder enters the fingerprint by content."""
+        return [name for name in self._model_paths() if getattr(self, name) is not None and name not in self.trained]
+
     @classmethod
-    def _digested(cls) -> list[str]:
+    def _model_paths(cls) -> list[str]:
         return [
             name
             for name, field in cls.model_fields.items()
-            if any(isinstance(mark, _Digested) for mark in field.metadata)
+            if any(isinstance(mark, _Digested) for mark in (*field.metadata, *_marks(field.annotation)))
         ]
+
+
+class Spec(Parameters):
+    """Parameters of one scorer. Subclasses set `scorer: Literal[name] = name` and `version`."""
+
+    kind: ClassVar[Kind]
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[Column, ...]:
+        """What the score table holds beside doc_id and computed."""
+
+
+def _marks(annotation: object) -> tuple[object, ...]:
+    """What an optional field's type is annotated with: `ModelPath | None` keeps its marks inside the union."""
+    return tuple(mark for part in get_args(annotation) for mark in getattr(part, "__metadata__", ()))
 
 
 class MapSpec(Spec):
@@ -187,6 +217,7 @@ __all__ = [
     "Literal",
     "MapSpec",
     "ModelPath",
+    "Parameters",
     "ReduceSpec",
     "Score",
     "Space",
