@@ -42,7 +42,7 @@ def _model_path(path: str, info: ValidationInfo) -> str:
 
 
 ModelPath = Annotated[str, AfterValidator(_model_path), _Digested()]
-"""A model: file or folder, a relative path counting from the recipe's folder; or "models.x", which the recipe trains."""
+"""A model: file or folder, relative paths counting from the recipe's; or "models.x", which the recipe trains."""
 
 
 class Parameters(BaseModel):
