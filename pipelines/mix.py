@@ -55,7 +55,7 @@ class Drawn:
 def weigh(run: Run, name: str) -> Counts:
     """Compute one [weights.x] entry and keep it in the book `weights`."""
     weights = run.graph.recipe.weights[name]
-    key = _key(run, name)
+    key = made_from(run, name)
     if current(run, name):
         return {"groups": _groups(run, name), "reused": True}
     if weights.method == "given":
@@ -86,7 +86,7 @@ def mix(run: Run, name: str) -> Counts:
         weigh(run, mixture.weights)
     with lake.locked(table, run.who):
         lake.make_table(table, MIXTURE)
-        key = _key(run, name)
+        key = made_from(run, name)
         documents = run.documents()
         if current(run, name):
             record = json.loads(
@@ -136,7 +136,7 @@ def mix(run: Run, name: str) -> Counts:
 
 def current(run: Run, name: str) -> bool:
     """Whether a mixture or a weights entry is there, made from what the recipe and the lake say now."""
-    key = _key(run, name)
+    key = made_from(run, name)
     if name in run.graph.recipe.mixtures:
         shards = run.lake.shards(run.graph.mixture_table(name))
         if shards.keys() != run.documents().keys() or any(shard.input != key for shard in shards.values()):
@@ -214,7 +214,7 @@ def _named(run: Run, mixture: str, name: str, groups: list[str]) -> tuple[np.nda
     return weights, {"weights": name, "sum_of_weights": total, "groups_without_candidates": len(absent)}
 
 
-def _key(run: Run, name: str) -> str:
+def made_from(run: Run, name: str) -> str:
     """What a mixture or a weights entry is made from: documents, entries, weights, its own definition, our SQL."""
     graph = run.graph
     selected = graph.selections.get(name)
@@ -226,7 +226,7 @@ def _key(run: Run, name: str) -> str:
     parts += [wanted(shard.sha256, shard.shard) for shard in run.documents().values()]
     parts += [run.key(entry) for entry in entries]
     if mixture and mixture.weights:
-        parts.append(_key(run, mixture.weights))
+        parts.append(made_from(run, mixture.weights))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
