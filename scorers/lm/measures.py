@@ -97,7 +97,7 @@ class LanguageModel(MapSpec):
         return tuple(COLUMNS[measure] for measure in self.measures)
 
     def problems(self) -> list[str]:
-        return super().problems() or _model_problems(self.model)
+        return super().problems() or ([] if self.trained else _model_problems(self.model))
 
     def build(self, device: str = "cpu") -> Score:
         """Load model and tokenizer. RecipeError when they cannot be loaded or do not fit each other."""
