@@ -13,9 +13,9 @@ From random weights, N counting the weights that multiply every token (the layer
 (Porian et al., NeurIPS 2024, arXiv 2406.19146, tables 2 and 4, as OLMo's model ladder and DataDecide write them down);
 cosine decay to a tenth, AdamW with weight decay 0.1 except on embeddings and norms, gradient norm clipped at 1 (OLMo).
 
-Fine-tuning: batch 131,072 tokens, learning rate 1e-3, beta2 0.95, warmup a tenth, no weight decay, cosine to a tenth, as
-the conditional model of CoLoR-Filter (Brandfonbrener et al., NeurIPS 2024, arXiv 2406.10670), whose z-loss is left out.
-It had 150M parameters; larger models want a smaller learning rate.
+Fine-tuning: batch 131,072 tokens, learning rate 1e-3, beta2 0.95, warmup and cosine to a tenth, no weight decay, as the
+conditional model of CoLoR-Filter (Brandfonbrener et al., NeurIPS 2024, arXiv 2406.10670), whose z-loss is left out. It
+had 150M parameters; larger models want a smaller learning rate.
 
 Runs that are short beside what the rules were fitted on: the batch leaves at least 200 steps (the CoLoR-Filter run had
 190) and the warmup takes at most a tenth of the tokens; these two limits are ours. A batch smaller than the rule's has
