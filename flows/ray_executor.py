@@ -18,12 +18,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import ModuleType
 from typing import Any, Generic, Self
 
-from pipelines.execute import ATTEMPTS, Done, Failed, Item, Raised, Resources, Result, Todo, attempt, cpus
+from flows.ray_train import placement_groups, train
+from pipelines.execute import ATTEMPTS, Done, Failed, Item, Raised, Resources, Result, Todo, attempt, cpus, only
 from storage.errors import RecipeError, ShardError
 
 OBJECT_STORE_BYTES = 128 << 20  # items and results are small; documents travel in shards
@@ -48,7 +50,7 @@ class RayExecutor:
             raise RecipeError(f"workers: {workers} is no pool; 0 on the command line means the serial executor")
         self.workers = workers
         self.address = address
-        self._lock = Lock()
+        self._lock, self._gangs = Lock(), Lock()
         self._keeper: ThreadPoolExecutor | None = None
         self._connected: Future[Any] | None = None
 
@@ -72,18 +74,23 @@ class RayExecutor:
             RecipeError: Ray does not start, or a worker raised it.
             ShardError: workers die while `make` runs.
         """
-        if not items:
-            return
+        if items:
+            ray = self._start()
+            yield from _map(ray, make, items, *self._places(ray, len(items), gpu))
+
+    def gang(self, work: Callable[[Resources], Result], *, gpu: bool = True, members: int | None = None) -> Result:
+        """See pipelines.execute.Executor. `work` and its result are pickled. No more members than workers.
+
+        `members` is by default the number of GPUs, and 1 where there is none or where none is asked for. One member is
+        a worker like a map's; several are Ray Train's, and one more process, which needs no place, leads them.
+        """
         ray = self._start()
-        todo = Todo[Item, Result](items)
-        pool = _Pool[Item, Result](ray, make, items, *self._places(ray, len(items), gpu))
-        try:
-            while todo.unfinished:
-                pool.fill(todo)
-                for number, tried in pool.answers(todo):
-                    yield from todo.settle(number, tried)
-        finally:
-            pool.kill()
+        size, resources, options = self._places(ray, members or (_gpus(ray) if gpu else 0) or 1, gpu)
+        if size == 1:
+            return only(_map(ray, lambda resources: lambda _: work(resources), [None], size, resources, options))
+        with self._gangs:  # each takes all the GPUs
+            lead = partial(train, work, size, _environment(resources.threads), options, placement_groups())
+            return only(_map(ray, lambda resources: lambda _: lead(resources), [None], 1, resources, {"num_cpus": 0}))
 
     def _start(self) -> ModuleType:
         """Ray, connected.
@@ -108,12 +115,12 @@ class RayExecutor:
                 raise RecipeError(f"Ray does not start ({remedy}): {error}") from error
         return ray  # type: ignore[no-any-return]
 
-    def _places(self, ray: ModuleType, items: int, gpu: bool) -> tuple[int, Resources, dict[str, float | str]]:
+    def _places(self, ray: ModuleType, items: int, gpu: bool) -> tuple[int, Resources, dict[str, Any]]:
         """The pool's size, what each worker is given, and what Ray sets aside for it."""
         size = min(self.workers, items)
-        gpus = int(ray.cluster_resources().get("GPU", 0)) if gpu else 0
+        gpus = _gpus(ray) if gpu else 0
         size = min(size, gpus) if gpus else size
-        options: dict[str, float | str] = {"num_gpus": 1 if gpus else 0, "num_cpus": 1}
+        options: dict[str, Any] = {"num_gpus": 1 if gpus else 0, "num_cpus": 1}
         threads = cpus() // size
         if self.address is not None:
             nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
@@ -144,6 +151,30 @@ def _connect(ray: ModuleType, address: str | None, workers: int) -> None:
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself would try for minutes
     ray.init(**where, logging_level="error", log_to_driver=False)
+
+
+def _gpus(ray: ModuleType) -> int:
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def _map(
+    ray: ModuleType,
+    make: Callable[[Resources], Callable[[Item], Result]],
+    items: Sequence[Item],
+    size: int,
+    resources: Resources,
+    options: dict[str, Any],
+) -> Iterator[tuple[Item, Result | Failed]]:
+    """A map on `size` workers, each given `resources`, for each of which Ray sets `options` aside."""
+    todo = Todo[Item, Result](items)
+    pool = _Pool[Item, Result](ray, make, items, size, resources, options)
+    try:
+        while todo.unfinished:
+            pool.fill(todo)
+            for number, tried in pool.answers(todo):
+                yield from todo.settle(number, tried)
+    finally:
+        pool.kill()
 
 
 class _Process:
@@ -191,7 +222,7 @@ class _Pool(Generic[Item, Result]):
         items: Sequence[Item],
         size: int,
         resources: Resources,
-        options: dict[str, float | str],
+        options: dict[str, Any],
     ) -> None:
         self.ray, self.make, self.items, self.size, self.resources = ray, make, items, size, resources
         self.process = ray.remote(_Process).options(**options)

@@ -2,6 +2,7 @@
 
     map(make, items)      make(resources) -> work     once per worker: a model is loaded here
                           work(item) -> result        (item, result | Failed), as they finish, in any order
+    gang(work)            work(resources) -> result   once on every member of a group, all at the same time: training
 
 What `work` raises decides:
 
@@ -12,6 +13,7 @@ What `work` raises decides:
     any other exception                         Failed; a bug in a scorer, its traceback is kept
 
 One item's failure never stops the others. An error of `make` is raised to the caller: every item would meet it.
+A gang is one item: what fails it is raised to the caller.
 `Serial` runs in this process; flows.ray_executor spreads over processes. Results are for the caller to commit.
 """
 
@@ -21,7 +23,7 @@ import pickle
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -37,10 +39,15 @@ ATTEMPTS = len(PAUSES) + 1
 
 @dataclass(frozen=True)
 class Resources:
-    """What one worker is given: a torch device's name, and the number of CPU threads it may use."""
+    """What one worker is given: a torch device's name ("cpu", "cuda", "cuda:1"), and the CPU threads it may use.
+
+    A member of a gang also knows its `rank`, 0 to `world` - 1; anyone else is alone.
+    """
 
     device: str
     threads: int
+    rank: int = 0
+    world: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,23 @@ class Executor(Protocol):
         """
         ...
 
+    def gang(self, work: Callable[[Resources], Result], *, gpu: bool = True) -> Result:
+        """`work` once on every member of a torch process group at the same time; the result of rank 0.
+
+        `gpu` asks for one member per GPU; where there is none, or one, `work` runs once with all that there is, and
+        `world` is 1. Where `world` is more, torch.distributed is initialised (nccl on GPUs, gloo on CPUs) and
+        `device` is the member's own.
+
+        When one member raises or is lost, all are ended and, by the table above, begun again: `work` goes on from what
+        it has kept. The result is no torch tensor and holds none.
+
+        Raises:
+            RecipeError, LockedError: a member raised it.
+            ShardError, OSError, MemoryError: still there, or members still lost, after ATTEMPTS attempts.
+            Exception: any other that a member raised, the member's traceback being a note of it.
+        """
+        ...
+
 
 class Serial:
     """One item after the other, in this process; `device` serves maps that ask for a GPU."""
@@ -91,6 +115,20 @@ class Serial:
                 time.sleep(todo.pause() or 0)
             else:
                 yield from todo.settle(number, attempt(work, items[number]))
+
+    def gang(self, work: Callable[[Resources], Result], *, gpu: bool = True) -> Result:
+        """See Executor. `work` runs in this process, alone."""
+        return only(self.map(lambda resources: lambda _: work(resources), [None], gpu=gpu))
+
+
+def only(outcomes: Iterable[tuple[object, Result | Failed]]) -> Result:
+    """The result of a map of one item. Why there is none is raised, with the worker's traceback as a note."""
+    [(_, outcome)] = outcomes
+    if isinstance(outcome, Failed):
+        if outcome.traceback:
+            outcome.error.add_note(outcome.traceback)
+        raise outcome.error
+    return outcome
 
 
 @dataclass(frozen=True)

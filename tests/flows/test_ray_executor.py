@@ -1,4 +1,5 @@
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -6,12 +7,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from flows.ray_executor import RayExecutor
-from pipelines.execute import ATTEMPTS, Failed, Resources, cpus
+from flows.ray_train import MemberRaised, judge, placement_groups
+from pipelines.execute import ATTEMPTS, Failed, Resources, attempt, cpus
 from storage.errors import RecipeError, SchemaError, ShardError
 
 ITEMS = list(range(24))
@@ -223,6 +226,73 @@ def test_each_worker_has_a_gpu_for_itself(ray):
 
 def device(resources: Resources) -> Callable[[int], str]:
     return lambda item: resources.device
+
+
+def test_a_gang_of_one_has_all_threads_and_is_begun_again(two, tmp_path):
+    def work(resources: Resources) -> tuple[Resources, str, bool]:
+        (tmp_path / str(os.getpid())).touch()
+        if len(list(tmp_path.iterdir())) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return resources, os.environ["OMP_NUM_THREADS"], os.getpid() in given
+
+    given = [os.getpid()]
+    assert two.gang(work, gpu=False) == (Resources("cpu", cpus(), rank=0, world=1), str(cpus()), False)
+    assert two.gang(lambda resources: resources.device, members=1) == "cuda"
+
+
+def test_what_fails_a_gang_is_raised(two):
+    with pytest.raises(RecipeError) as caught:
+        two.gang(lambda resources: raising(1, lambda: RecipeError("a: wrong", "b: wrong"))(resources)(1), gpu=False)
+    assert caught.value.problems == ("a: wrong", "b: wrong")
+    with pytest.raises(ValueError, match="bad weights") as bug:
+        two.gang(lambda resources: raising(1, lambda: ValueError("bad weights"))(resources)(1), gpu=False)
+    assert "in work" in bug.value.__notes__[0]
+
+
+def test_members_of_a_gang_are_one_torch_process_group_and_begun_again_when_one_dies(ray, two, tmp_path):
+    def work(resources: Resources) -> tuple[Resources, float, str]:
+        from torch import distributed, tensor
+
+        (tmp_path / f"{resources.rank}-{os.getpid()}").touch()
+        if resources.rank == 1 and len(list(tmp_path.glob("1-*"))) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ranks = tensor([resources.rank + 1.0])
+        distributed.all_reduce(ranks)  # rank 0 waits here for the one that is killed
+        return resources, ranks.item(), os.getcwd()
+
+    results = two.gang(work, gpu=False, members=2)
+    threads = max(1, cpus() // 2)
+    assert results == (Resources("cpu", threads, rank=0, world=2), 3.0, os.getcwd())
+    assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["0", "0", "1", "1"]
+    assert placement_groups() == set()  # the places are free again
+    assert sorted(two.map(squaring, ITEMS)) == [(item, item * item) for item in ITEMS]
+
+
+def told(*failures: BaseException) -> tuple[Exception, Exception]:
+    """What the driver is told of members that failed so; those that raised went through `attempt`."""
+
+    def failure(error: BaseException) -> BaseException:
+        if isinstance(error, Died):
+            return error
+        tried = attempt(lambda _: raising(1, lambda: error)(Resources("cpu", 1))(1), None)
+        return pickle.loads(pickle.dumps(MemberRaised(tried)))
+
+    return judge(SimpleNamespace(worker_failures=dict(enumerate(map(failure, failures)))), 3)
+
+
+class Died(Exception):
+    pass
+
+
+def test_the_reason_why_a_group_ended():
+    missed, busy, wrong = RuntimeError("connection"), ShardError("busy"), RecipeError("a: wrong")
+    error, cause = told(ValueError("bug"))
+    assert (type(error), str(error)) == (ValueError, "bug")
+    assert "in work" in str(cause)
+    assert str(told(Died(), missed)[0]) == "1 of 3 members died: killed, out of memory, or crashed"
+    assert type(told(missed, Died())[0]) is ShardError
+    assert str(told(missed, busy)[0]) == "busy"
+    assert type(told(Died(), missed, wrong)[0]) is RecipeError
 
 
 def test_joins_a_cluster_and_leaves_it_running(ray):

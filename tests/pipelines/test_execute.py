@@ -111,6 +111,28 @@ def test_an_error_of_make_is_the_callers(error):
         list(Serial().map(make, [1]))
 
 
+def test_a_gang_of_this_process_is_one_that_has_everything():
+    assert Serial(device="cuda", threads=3).gang(lambda resources: resources) == Resources("cuda", 3, rank=0, world=1)
+    assert Serial(device="cuda", threads=3).gang(lambda resources: resources.device, gpu=False) == "cpu"
+
+
+def gang(*errors: Exception) -> int:
+    make = raising(*errors)
+    return Serial().gang(lambda resources: make(resources)(1))
+
+
+def test_a_gang_is_begun_again_and_what_fails_it_is_raised():
+    assert gang(*[OSError(5, "input/output error")] * (ATTEMPTS - 1)) == -1
+    with pytest.raises(ShardError, match="busy"):
+        gang(*[ShardError("busy")] * ATTEMPTS)
+    with pytest.raises(RecipeError) as caught:
+        gang(RecipeError("a: wrong", "b: wrong"))
+    assert caught.value.problems == ("a: wrong", "b: wrong")
+    with pytest.raises(KeyError) as bug:
+        gang(KeyError("x"))
+    assert "in work" in bug.value.__notes__[0]
+
+
 def test_an_item_that_was_never_begun_is_next_and_loses_no_attempt():
     todo = Todo[str, int](["a", "b"])
     for _ in range(ATTEMPTS):
