@@ -6,9 +6,12 @@ table.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +22,7 @@ from pipelines.frames import covered, evaluate, paths_of
 from pipelines.graph import Entry, Graph
 from pipelines.run import Counts, Run, wanted
 from pipelines.views import joined
-from scorers.base import ColumnsSpec, MapSpec, ReduceSpec, Score, checked
+from scorers.base import ColumnsSpec, MapSpec, ReduceSpec, Score, Staged, checked
 from storage.errors import ShardError
 from storage.lake import check_aligned
 from storage.shards import ShardFile, read_shard, write_shard
@@ -140,8 +143,8 @@ def _map(graph: Graph, entry: Entry, spec: MapSpec, build: Callable[[], Score], 
     if item.old is not None and not missing.any():
         return Scored(item.old, 0)
     scores = [
-        checked(build()(batch), spec.columns, batch.num_rows, entry.name)
-        for batch in _batches(data, item.paths[""], spec, missing)
+        checked(scores, spec.columns, rows, entry.name)
+        for rows, scores in _scored(build, _batches(data, item.paths[""], spec, missing))
     ]
     schema = pa.schema(list(entry.schema)[2:])
     parts = (
@@ -154,6 +157,27 @@ def _map(graph: Graph, entry: Entry, spec: MapSpec, build: Callable[[], Score], 
     place[missing] = np.arange(missing.sum()) + (item.rows if old is not None else 0)
     rows = pa.concat_tables(parts).take(pa.array(place, mask=~(have | missing)))
     return Scored(_write(entry, data, item, ids, have | missing, rows), int(missing.sum()))
+
+
+def _scored(build: Callable[[], Score], batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(documents, their scores) per batch. A staged score reads and prepares a batch while it finishes the last one."""
+    first = next(batches, None)
+    if first is None:
+        return
+    score, batches = build(), chain([first], batches)
+    if not isinstance(score, Staged):
+        yield from ((batch.num_rows, score(batch)) for batch in batches)
+        return
+
+    def prepare() -> tuple[int, Any] | None:
+        batch = next(batches, None)
+        return None if batch is None else (batch.num_rows, score.prepare(batch))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as thread:
+        waiting = thread.submit(prepare)
+        while (ready := waiting.result()) is not None:
+            waiting = thread.submit(prepare)
+            yield ready[0], score.finish(ready[1])
 
 
 def _batches(data: str, path: str, spec: MapSpec, missing: np.ndarray) -> Iterator[pa.RecordBatch]:

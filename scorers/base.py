@@ -15,19 +15,36 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Protocol, get_args
+from typing import Annotated, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo
 
+from scorers.hub import files, local
 from storage.errors import RecipeError, SchemaError
 from storage.paths import beside_recipe
 from storage.schema import Column, Kind
 
 Score = Callable[[pa.RecordBatch], pa.RecordBatch]
+Prepared = TypeVar("Prepared")
+
+
+@dataclass(frozen=True)
+class Staged(Generic[Prepared]):
+    """A score in two halves: `prepare` may run in a thread of its own, one batch ahead of `finish`.
+
+    Called as a whole it is a Score. Preparing changes nothing that finishing looks at.
+    """
+
+    prepare: Callable[[pa.RecordBatch], Prepared]
+    finish: Callable[[Prepared], pa.RecordBatch]
+
+    def __call__(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        return self.finish(self.prepare(batch))
 
 
 class _Digested:
@@ -59,12 +76,19 @@ class Parameters(BaseModel):
         return hash(self.model_dump_json())  # a mapping among the parameters has no hash of its own
 
     def problems(self) -> list[str]:
-        """What keeps these parameters from running here, one line each with its remedy. Cheap; loads nothing heavy."""
-        return [
-            f"{field}: no file or folder {getattr(self, field)!r}; correct the path"
-            for field in self._digested()
-            if not Path(getattr(self, field)).exists()
-        ]
+        """What keeps these parameters from running here, one line each with its remedy.
+
+        Loads nothing heavy, and is cheap but for a model that the hub has to send first.
+        """
+        problems = []
+        for field in self._digested():
+            path = getattr(self, field)
+            try:
+                if not Path(local(path)).exists():
+                    problems.append(f"{field}: no file or folder {path!r}; correct the path")
+            except RecipeError as error:
+                problems.append(f"{field}: {error}")
+        return problems
 
     def fingerprint(self, *inputs: str) -> str:
         """32 hex digits over all that can change a value: parameters, version, model contents, libraries, inputs.
@@ -197,11 +221,10 @@ def _names(schema: pa.Schema) -> str:
 
 def digest(path: str) -> str:
     """SHA-256 of a model's file, or over the files of its folder in name order. RecipeError when there is none."""
-    target = Path(path)
-    files = sorted(p for p in target.rglob("*") if p.is_file()) if target.is_dir() else [target]
-    if not files or not files[0].exists():
-        raise RecipeError(f"no file or folder {path!r}; correct the path")
-    parts = [f"{p.relative_to(target)} {_file_digest(str(p), p.stat().st_size, p.stat().st_mtime_ns)}" for p in files]
+    target = Path(local(path))
+    parts = [
+        f"{p.relative_to(target)} {_file_digest(str(p), p.stat().st_size, p.stat().st_mtime_ns)}" for p in files(path)
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -222,5 +245,6 @@ __all__ = [
     "Score",
     "Space",
     "Spec",
+    "Staged",
     "checked",
 ]

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import get_args
 
 import pytest
 import typer
@@ -21,6 +22,7 @@ from pipelines.graph import Graph
 from pipelines.recipe import Export, Mixture, Recipe, RuleSet, Score, Weights, load_spec
 from scorers import SCORERS
 from scorers.base import ReduceSpec, Spec
+from scorers.lm.measures import Measure
 from storage.lake import BOOKS, MACROS
 from storage.schema import DOCUMENTS, REJECTS
 from storage.sources import Intake, Source
@@ -39,7 +41,7 @@ NEEDED = {
     "fasttext": {"model": "model.bin", "label": "__label__hq"},
     "language_model": {
         "model": "model",
-        "measures": ("bits_per_byte", "nats_per_token", "n_tokens", "min_k"),
+        "measures": get_args(Measure),
     },
     "color_filter": {"inputs": {"prior": "a.nats_per_token", "conditional": "b.nats_per_token"}},
 }
@@ -89,6 +91,8 @@ def shown(value: object) -> str:
     """A default as TOML would write it; what has no value there is left to the code."""
     if isinstance(value, tuple):
         return "[" + ", ".join(map(shown, value)) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else "(automatic)" if value is None else str(value)
 
 

@@ -1,33 +1,32 @@
-"""The one forward pass of a causal language model: texts in, the log-probability of every predicted token out.
+"""The one forward pass of a causal language model: texts in, statistics of every predicted token out.
 
     texts -> token ids (Rust) -> windows of at most `context` tokens -> batches of like length, padded on the right
-          -> hidden states -> vocabulary, block by block in float32 -> log-probabilities, put back by text
+          -> hidden states -> vocabulary, block by block in float32 -> statistics of the targets, put back by text
 
 What is predicted. With a BOS every token of the text; without one every token but the first, which nothing precedes.
-EOS and other special tokens that a tokenizer would append are no part of the text and are left out.
-
-Long texts are cut into windows that overlap by half and begin, each, with the BOS if there is one. A token is predicted
-once, in the first window that holds it, so that from the second window on it has at least half a window before it:
-
-    text     0 1 2 3 4 5 6 7 8 9        (context 4, no BOS)
-    window   0[1 2 3]
-                 2 3[4 5]
-                     4 5[6 7]
-                         6 7[8 9]       [predicted here]
+EOS and other special tokens that a tokenizer would append are no part of the text and are left out. Long texts are read
+in windows (scorers.lm.windows), each of which begins with the BOS if there is one.
 
 Padding stands to the right, where causal attention cannot see it, so no mask is needed and the fast attention kernels
 apply. What shares a batch with a text changes its numbers only by the rounding of another kernel shape.
+
+Two halves, so that one thread can read the next texts while another predicts: `tokenize` needs no device, and `predict`
+waits for it once, at its end.
 """
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from scorers.hub import local
+from scorers.lm.reading import Tokens, read
+from scorers.lm.statistics import Statistic, token_statistics
 from scorers.lm.tokenizer import gguf_file, load_pretrained, quiet
+from scorers.lm.windows import batch_size, longest_first, windows
 from storage.errors import RecipeError, ShardError
 
 if TYPE_CHECKING:
@@ -44,68 +43,57 @@ BLOCK = {"cpu": 1 << 23, "cuda": 1 << 28}
 """Float32 logits held at once (32 MiB: the cache again; 1 GiB: the output embedding is read once a block)."""
 FULL_LOGITS = 1 << 29
 """The same, for a model whose logits cannot be had block by block (2 GiB)."""
-TOKENIZE_CHARACTERS = 1 << 22
-"""Characters tokenized at once: an encoding takes about a hundred bytes a token until its ids are out."""
-
-
-class Tokens(NamedTuple):
-    """A text as the model reads it. `n_bytes` are the UTF-8 bytes of the tokens that will be predicted."""
-
-    ids: NDArray[np.int64]
-    n_bytes: int
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """The predicted tokens of one text: natural log-probabilities, float32 [n], and their UTF-8 bytes together."""
+    """The predicted tokens of one text.
+
+    Attributes:
+        log_probs: natural log-probabilities, float32 [n].
+        n_bytes: their UTF-8 bytes together.
+        statistics: what else was asked for (scorers.lm.statistics), float32 [n] each.
+    """
 
     log_probs: NDArray[np.float32]
     n_bytes: int
+    statistics: Mapping[Statistic, NDArray[np.float32]] = field(default_factory=dict)
 
 
-class Window(NamedTuple):
-    """Tokens [start, stop) of text number `text`, of which [first, stop) are predicted here."""
-
-    text: int
-    start: int
-    stop: int
-    first: int
-
-
-def windows(text: int, n: int, width: int, first: int) -> Iterator[Window]:
-    """Windows of at most `width` tokens over a text of `n`, whose tokens from `first` on are each predicted once."""
-    start = 0
-    while first < n:
-        stop = min(start + width, n)
-        yield Window(text, start, stop, first)
-        first, start = stop, start + max(1, width // 2)
-
-
-def token_log_probs(logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
-    """Natural log-probability of each target [T] under its row of logits [T, V], reduced in float32."""
-    from torch.nn.functional import cross_entropy
-
-    return -cross_entropy(logits.float(), targets, reduction="none")
+Rows = list[tuple[NDArray[np.int64], int]]
+"""Windows as they are fed: ids, and the place of the first that is predicted."""
 
 
 class CausalLM:
     """A Hugging Face causal language model with its tokenizer, ready to predict texts.
 
-    `path`: a folder (config.json, safetensors, tokenizer), a GGUF file, or a folder with one. Nothing is fetched, no
-    code of the model's owner is run, no pickle is read. `context`: tokens of a window, BOS included; None for the
-    model's own, at most 2048. `bos`: True puts the BOS before every window, False does not, None does what the
-    tokenizer itself does with a text. RecipeError when the model cannot be loaded or does not fit these.
+    `path`: a folder (config.json, safetensors, tokenizer), a GGUF file, a folder with one, or a name (scorers.hub).
+    No pickle is read, and code of the model's owner is run only where `remote_code` says so. `context`: tokens of a
+    window, BOS included; None for the model's own, at most 2048. `stride`: by how many tokens windows advance, half of
+    the context by default; with `stride = context` they are sequences of fixed length that share nothing but, without a
+    BOS, the one token that the next begins with. `bos`: True puts the BOS before every window, False does not, None
+    does what the tokenizer itself does with a text. RecipeError when the model cannot be loaded or does not fit these.
+
+    `places` and `fed` count, over all calls, the places of the forward passes and those of them that held a token.
     """
 
     def __init__(
-        self, path: str, *, device: str = "cpu", dtype: DType = "float32", context: int | None = None, bos: bool | None
+        self,
+        path: str,
+        *,
+        device: str = "cpu",
+        dtype: DType = "float32",
+        context: int | None = None,
+        stride: int | None = None,
+        bos: bool | None = None,
+        remote_code: bool = False,
     ) -> None:
         import torch
 
-        tokenizer = load_pretrained(path)
+        tokenizer = load_pretrained(path, remote_code=remote_code)
         self._tokenizer = tokenizer.backend_tokenizer
         self.prefix = _prefix(tokenizer, bos)
-        self._model = load_model(path, dtype).to(device).eval()
+        self._model = load_model(path, dtype, remote_code=remote_code).to(device).eval()
         self._device = torch.device(device)
         self._embeddings: int = self._model.get_input_embeddings().weight.shape[0]
         if self._tokenizer.get_vocab_size(with_added_tokens=False) > self._embeddings:
@@ -113,52 +101,58 @@ class CausalLM:
                 f"the tokenizer in {path!r} has more tokens than the model's {self._embeddings}; use the model's own"
             )
         self.context = _context(self._model.config, context)
-        if self.context <= len(self.prefix):
-            raise RecipeError(f"context = {self.context} leaves no room beside {len(self.prefix)} BOS tokens; raise it")
+        if self.context <= max(1, len(self.prefix)):
+            raise RecipeError(f"context = {self.context} leaves no token to predict; raise it")
+        self.stride = self.context // 2 if stride is None else stride
+        if not 1 <= self.stride <= self.context:
+            raise RecipeError(f"stride = {stride} is not between 1 and the context, {self.context}; correct it")
+        self.places = self.fed = 0
         self._logits, self._batch_tokens = self._head()
 
-    def __call__(self, texts: Sequence[str]) -> list[Predicted | None]:
-        """The predicted tokens of each text; None for a text with a token that the model has no embedding for."""
-        tokens = self.tokenize(texts)
+    @property
+    def padding(self) -> float:
+        """The share of the places of all forward passes so far that held no token."""
+        return 1 - self.fed / self.places if self.places else 0.0
+
+    def __call__(self, texts: Sequence[str], statistics: Sequence[Statistic] = ()) -> list[Predicted | None]:
+        """The predicted tokens of each text with their statistics. See `tokenize` and `predict`."""
+        return self.predict(self.tokenize(texts), statistics)
+
+    def tokenize(self, texts: Sequence[str]) -> list[Tokens | None]:
+        """The texts' tokens, which a thread of its own may ask for; None for a string that is no Unicode text."""
+        return read(self._tokenizer, texts, skip_first=not self.prefix)
+
+    def predict(self, tokens: Sequence[Tokens | None], statistics: Sequence[Statistic] = ()) -> list[Predicted | None]:
+        """The predicted tokens of each text; None for no text, and for a token that the model has no embedding for."""
+        import torch
+
+        wanted: tuple[Statistic, ...] = ("log_prob", *(s for s in statistics if s != "log_prob"))
         first = 0 if self.prefix else 1
         width = self.context - len(self.prefix)
-        known = [t.ids.size == 0 or int(t.ids.max()) < self._embeddings for t in tokens]
-        found = [np.empty(max(0, t.ids.size - first), np.float32) for t in tokens]
-        todo = [
-            window
-            for number, t in enumerate(tokens)
-            if known[number]
-            for window in windows(number, t.ids.size, width, first)
-        ]
-        todo.sort(key=lambda w: (w.start - w.stop, w))  # longest first: what does not fit into memory shows at once
+        known = [t if t and (t.ids.size == 0 or t.ids.max() < self._embeddings) else None for t in tokens]
+        ids = [t.ids if t else np.empty(0, np.int64) for t in known]
+        todo = longest_first([w for i, n in enumerate(ids) for w in windows(i, n.size, width, self.stride, first)])
+        lengths = [w.stop - w.start + len(self.prefix) - 1 for w in todo]  # the last token is only ever a target
+        values: list[torch.Tensor] = []
         done = 0
         while done < len(todo):
-            rows = max(1, self._batch_tokens // (todo[done].stop - todo[done].start))
-            batch = todo[done : done + rows]
-            done += rows
-            values = self._predict([(tokens[w.text].ids[w.start : w.stop], w.first - w.start) for w in batch])
-            for w, row in zip(batch, values, strict=True):
-                found[w.text][w.first - first : w.stop - first] = row
-        return [Predicted(f, t.n_bytes) if k else None for f, t, k in zip(found, tokens, known, strict=True)]
+            batch = todo[done : done + batch_size(lengths, done, self._batch_tokens)]
+            values += self._predict([(ids[w.text][w.start : w.stop], w.first - w.start) for w in batch], wanted)
+            done += len(batch)
+        found = [np.empty((len(wanted), max(0, i.size - first)), np.float32) for i in ids]
+        if todo:
+            on_host, at = torch.cat(values, dim=1).cpu().numpy(), 0
+            for w in todo:
+                n = w.stop - w.first
+                found[w.text][:, w.first - first : w.stop - first] = on_host[:, at : at + n]
+                at += n
+        return [
+            Predicted(f[0], t.n_bytes, dict(zip(wanted[1:], f[1:], strict=True))) if t else None
+            for f, t in zip(found, known, strict=True)
+        ]
 
-    def tokenize(self, texts: Sequence[str]) -> list[Tokens]:
-        """Token ids without special tokens, and the bytes of those that will be predicted.
-
-        Without a BOS those are the bytes after the first token. A character that is cut into several tokens counts
-        whole with the last of them, as does white space that a tokenizer leaves out of its offsets, so that the bytes
-        of all tokens sum to the text's.
-        """
-        tokens: list[Tokens] = []
-        for group in _groups(texts):
-            for text, encoding in zip(
-                group, self._tokenizer.encode_batch(group, add_special_tokens=False), strict=True
-            ):
-                begin = 0 if self.prefix else _after_first(encoding)
-                tokens.append(Tokens(np.asarray(encoding.ids, np.int64), len(text[begin:].encode())))
-        return tokens
-
-    def _predict(self, rows: list[tuple[NDArray[np.int64], int]]) -> list[NDArray[np.float32]]:
-        """Per row (ids of a window, place of the first predicted one) the log-probabilities of the predicted tokens.
+    def _predict(self, rows: Rows, wanted: Sequence[Statistic]) -> list["torch.Tensor"]:
+        """The statistics [len(wanted), n] of the rows' predicted tokens, in order, on the device and maybe in parts.
 
         Where the device's memory does not hold the batch, its halves go one after the other, and later batches are
         made as small. ShardError when a single window does not fit.
@@ -166,7 +160,7 @@ class CausalLM:
         import torch
 
         try:
-            return self._forward(rows)
+            return [self._forward(rows, wanted)]
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:
                 raise ShardError(
@@ -177,12 +171,11 @@ class CausalLM:
         torch.cuda.empty_cache()
         half = len(rows) // 2
         self._batch_tokens = half * max(ids.size for ids, _ in rows)
-        return self._predict(rows[:half]) + self._predict(rows[half:])
+        return self._predict(rows[:half], wanted) + self._predict(rows[half:], wanted)
 
-    def _forward(self, rows: list[tuple[NDArray[np.int64], int]]) -> list[NDArray[np.float32]]:
+    def _forward(self, rows: Rows, wanted: Sequence[Statistic]) -> "torch.Tensor":
         import torch
 
-        # the last token of a window is only ever a target, so it is not fed
         shift = len(self.prefix) - 1
         length = max(ids.size for ids, _ in rows) + shift
         inputs = np.zeros((len(rows), length), np.int64)  # padding: any id does, nothing looks at it
@@ -193,10 +186,18 @@ class CausalLM:
             places.append(number * length + np.arange(first + shift, ids.size + shift))
             targets.append(ids[first:])
         with torch.inference_mode():
-            wanted = torch.from_numpy(np.concatenate(places)).to(self._device)
-            expected = torch.from_numpy(np.concatenate(targets)).to(self._device)
-            log_probs = self._logits(torch.from_numpy(inputs).to(self._device), wanted, expected).cpu().numpy()
-        return np.split(log_probs, np.cumsum([t.size for t in targets])[:-1])
+            moved = map(self._on_device, (inputs, np.concatenate(places), np.concatenate(targets)))
+            values = self._logits(*moved, wanted)
+        self.places += inputs.size
+        self.fed += sum(ids.size + shift for ids, _ in rows)
+        return values
+
+    def _on_device(self, array: NDArray[np.int64]) -> "torch.Tensor":
+        """A copy that a GPU fetches by itself, while this thread goes on to the next batch."""
+        import torch
+
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
     def _head(self) -> tuple[Callable[..., "torch.Tensor"], int]:
         """How this model's logits are had, and how many tokens may go through it at once.
@@ -216,18 +217,24 @@ class CausalLM:
             hidden: torch.Tensor = body(input_ids=ids, use_cache=False)[0]
             return hidden
 
-        def in_blocks(rows: Callable[[slice], torch.Tensor], expected: torch.Tensor) -> torch.Tensor:
+        def in_blocks(
+            rows: Callable[[slice], torch.Tensor], targets: torch.Tensor, wanted: Sequence[Statistic]
+        ) -> torch.Tensor:
             step = max(1, BLOCK[kind] // vocabulary)
-            blocks = [slice(start, start + step) for start in range(0, len(expected), step)]
-            return torch.cat([token_log_probs(rows(block), expected[block]) for block in blocks])
+            blocks = [slice(start, start + step) for start in range(0, len(targets), step)]
+            return torch.cat([token_statistics(rows(block), targets[block], wanted) for block in blocks], dim=1)
 
-        def from_hidden(ids: torch.Tensor, wanted: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-            hidden = hidden_states(ids).flatten(0, 1)[wanted]
-            return in_blocks(lambda block: head(hidden[block]), expected)
+        def from_hidden(
+            ids: torch.Tensor, places: torch.Tensor, targets: torch.Tensor, wanted: Sequence[Statistic]
+        ) -> torch.Tensor:
+            hidden = hidden_states(ids).flatten(0, 1)[places]
+            return in_blocks(lambda block: head(hidden[block]), targets, wanted)
 
-        def from_logits(ids: torch.Tensor, wanted: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+        def from_logits(
+            ids: torch.Tensor, places: torch.Tensor, targets: torch.Tensor, wanted: Sequence[Statistic]
+        ) -> torch.Tensor:
             logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-            return in_blocks(lambda block: logits[wanted[block]], expected)
+            return in_blocks(lambda block: logits[places[block]], targets, wanted)
 
         with torch.inference_mode():
             probe = torch.arange(8, device=self._device).repeat(2, 1) % self._embeddings
@@ -242,8 +249,8 @@ class CausalLM:
         return from_logits, min(limit, max(1, FULL_LOGITS // vocabulary))
 
 
-def load_model(path: str, dtype: DType) -> Any:
-    """The causal language model at `path` (folder or GGUF), weights from safetensors or GGUF only, never the network.
+def load_model(path: str, dtype: DType, *, remote_code: bool = False) -> Any:
+    """The causal language model at `path` (folder, GGUF or name), weights from safetensors or GGUF only.
 
     RecipeError with the reason when it cannot be loaded, or when weights are missing that would be random.
     """
@@ -254,8 +261,8 @@ def load_model(path: str, dtype: DType) -> Any:
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True, "output_loading_info": True}
     gguf = gguf_file(path)
     if gguf is None:
-        folder = path
-        options |= {"use_safetensors": True, "trust_remote_code": False}
+        folder = local(path)
+        options |= {"use_safetensors": True, "trust_remote_code": remote_code}
     else:
         folder = str(gguf.parent)
         options |= {"gguf_file": gguf.name}
@@ -294,25 +301,3 @@ def _prefix(tokenizer: Any, bos: bool | None) -> tuple[int, ...]:
     if bos and tokenizer.bos_token_id is None:
         raise RecipeError("bos = true, but the model's tokenizer has no BOS token; leave `bos` out")
     return (tokenizer.bos_token_id,) if bos else ()
-
-
-def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Texts in runs of about TOKENIZE_CHARACTERS."""
-    group: list[str] = []
-    size = 0
-    for text in texts:
-        group.append(text)
-        size += len(text)
-        if size >= TOKENIZE_CHARACTERS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
-def _after_first(encoding: Any) -> int:
-    """The character at which the second token begins to count; with fewer tokens, the text's end or 0."""
-    if len(encoding) == 0:
-        return 0
-    end: int = encoding.token_to_chars(0)[1]
-    return end if len(encoding) == 1 else min(end, encoding.token_to_chars(1)[0])

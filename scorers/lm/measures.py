@@ -1,80 +1,143 @@
-"""What a language model says of a document: the measures, and the scorer that takes any subset of them in one pass.
+"""What a language model says of a document: the scorer that takes any subset of the measures in one pass.
 
-Each measure reduces the log-probabilities lp_1..lp_n of a document's n predicted tokens (scorers.lm.forward says which
-those are) to one number:
-
-    nats_per_token   -mean(lp)
-    bits_per_byte    -sum(lp) / (ln 2 * UTF-8 bytes of those same tokens)
-    n_tokens         n
-    min_k            mean of the max(1, floor(ratio * n)) smallest lp
-
-All but n_tokens are NULL where n = 0 (an empty text; one token that nothing precedes) and where the model has no finite
-probability for the text; all are NULL where the text has a token that the model has no embedding for.
+scorers.lm.definitions has the measures, scorers.lm.statistics what they need of a token, scorers.lm.forward the pass.
+All but n_tokens are NULL where no token is predicted (an empty text; one token that nothing precedes) and where the
+model has no finite probability for the text; all are NULL where the text has a token that the model has no embedding
+for.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
-from pydantic import AfterValidator, Field
+from pydantic import Field, model_validator
 
-from scorers.base import Column, MapSpec, ModelPath, Score
+from scorers.base import Column, MapSpec, ModelPath, Staged
+from scorers.hub import local
+from scorers.lm import definitions as define
+from scorers.lm.definitions import OutsideTopK
 from scorers.lm.forward import CausalLM, DType, Predicted
+from scorers.lm.reading import Tokens
+from scorers.lm.statistics import Statistic
 from scorers.lm.tokenizer import gguf_file
 from storage.errors import RecipeError
 
-Measure = Literal["bits_per_byte", "nats_per_token", "n_tokens", "min_k"]
+Measure = Literal[
+    "bits_per_byte",
+    "nats_per_token",
+    "nats",
+    "n_tokens",
+    "loss_quantiles",
+    "min_k",
+    "min_k_plus_plus",
+    "zlib_ratio",
+    "lowercase_ratio",
+    "token_entropy",
+    "el2n",
+    "top_k_rank_loss",
+]
 
+# Where high says "seen in training", whether that end is wanted is the curator's business; so it is with a sum, which
+# grows with the document, and with EL2N, of which authors keep either end.
 COLUMNS: Mapping[Measure, Column] = {
     column.name: column  # type: ignore[misc]
     for column in (
         Column("bits_per_byte", pa.float32(), "loss of the predicted tokens over their bytes", "bits/byte", False),
         Column("nats_per_token", pa.float32(), "mean loss of the predicted tokens", "nats/token", False),
+        Column("nats", pa.float64(), "loss of the predicted tokens together", "nats"),
         Column("n_tokens", pa.int64(), "predicted tokens", "tokens"),
-        # high says "seen in training" (Shi et al.); whether that end is wanted is the curator's business
+        Column("loss_quantiles", pa.float32(), "quantile of the predicted tokens' losses", "nats/token", False),
         Column("min_k", pa.float32(), "mean log-probability of the least likely tokens; high: seen", "nats/token"),
+        Column(
+            "min_k_plus_plus",
+            pa.float32(),
+            "mean of the least z-scores of the tokens' log-probabilities; high: seen",
+            "standard deviations",
+        ),
+        Column("zlib_ratio", pa.float32(), "mean log-probability over compressed bytes; high: seen", "nats/token/byte"),
+        Column("lowercase_ratio", pa.float32(), "loss in lower case over loss; high: seen", "ratio"),
+        Column("token_entropy", pa.float32(), "mean entropy of the predictions; high: undecided", "nats/token"),
+        Column("el2n", pa.float32(), "mean distance of prediction and token, 0 to 1.41; high: hard", "probability"),
+        Column("top_k_rank_loss", pa.float32(), "median loss of tokens in the top k (SALT)", "nats/token", True),
     )
 }
 
+NEEDS: Mapping[Measure, Statistic] = {
+    "min_k_plus_plus": "z_score",
+    "token_entropy": "entropy",
+    "el2n": "el2n",
+    "top_k_rank_loss": "rank",
+}
+"""What a measure needs of a token beside its log-probability."""
 
-def nats_per_token(log_probs: NDArray[np.float32]) -> float:
-    """Mean negative log-probability of n >= 1 tokens, in nats."""
-    return -float(log_probs.mean(dtype=np.float64))
+USED_BY: Mapping[str, tuple[Measure, ...]] = {
+    "k": ("min_k", "min_k_plus_plus"),
+    "quantiles": ("loss_quantiles",),
+    "top_k": ("top_k_rank_loss",),
+    "outside_top_k": ("top_k_rank_loss",),
+}
+"""Parameters that only some measures look at."""
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Quantile = Annotated[float, Field(ge=0, le=1)]
 
 
-def bits_per_byte(log_probs: NDArray[np.float32], n_bytes: int) -> float | None:
-    """Bits that the model needs for a byte of the tokens' text; None for no bytes. Compares across tokenizers."""
-    return -float(log_probs.sum(dtype=np.float64)) / (math.log(2) * n_bytes) if n_bytes else None
+@dataclass(frozen=True)
+class Document:
+    """What the measures of one document are taken from. `lower` is `found` itself for a text in lower case."""
+
+    found: Predicted
+    lower: Predicted | None
+    compressed: int
 
 
-def min_k(log_probs: NDArray[np.float32], ratio: float) -> float:
-    """Min-K% Prob (Shi et al., ICLR 2024, section 3): mean of the floor(ratio * n) smallest log-probabilities, in nats.
+Value = Callable[[Document], float | int | None]
 
-    At least one token is taken; the authors' code takes none from fewer than 1 / ratio tokens and returns NaN. High is
-    the member end, as in the paper; the authors' first code negates it. On members and non-members of one distribution
-    it is near chance: a hint, no verdict.
+PLAIN: Mapping[Measure, Value] = {
+    "bits_per_byte": lambda d: define.bits_per_byte(d.found.log_probs, d.found.n_bytes),
+    "nats_per_token": lambda d: define.nats_per_token(d.found.log_probs),
+    "nats": lambda d: define.nats(d.found.log_probs),
+    "n_tokens": lambda d: d.found.log_probs.size,
+    "zlib_ratio": lambda d: define.zlib_ratio(d.found.log_probs, d.compressed),
+    "lowercase_ratio": lambda d: _lowercase_ratio(d),
+    "token_entropy": lambda d: define.mean(d.found.statistics["entropy"]),
+    "el2n": lambda d: define.mean(d.found.statistics["el2n"]),
+}
+"""The measures without parameters."""
+
+
+class Prepared(NamedTuple):
+    """A batch whose texts are read.
+
+    Attributes:
+        tokens: of the texts, and then of those in lower case that differ.
+        differ: the numbers of the texts that do.
+        compressed: bytes of the compressed texts, or zeros where nothing asks for them.
     """
-    k = max(1, math.floor(ratio * log_probs.size + 1e-9))  # 0.29 * 100 is 28.999...
-    return float(np.partition(log_probs, k - 1)[:k].mean(dtype=np.float64))
 
-
-def _distinct(measures: tuple[Measure, ...]) -> tuple[Measure, ...]:
-    if len(set(measures)) < len(measures):
-        raise ValueError("a measure is named twice")
-    return measures
+    tokens: list[Tokens | None]
+    differ: list[int]
+    compressed: list[int]
 
 
 class LanguageModel(MapSpec):
-    """Losses of documents under a Hugging Face causal language model: safetensors with a tokenizer, or GGUF.
+    """Losses of documents under a Hugging Face causal language model, and what is derived from them, in one pass.
 
-    The digest of the model's files is in the fingerprint, so name the GGUF file itself where its folder holds other
-    things. dtype: bfloat16 for GPUs; the vocabulary is reduced in float32 in any case. context: tokens of a window, BOS
-    included; by default the model's own, at most 2048; longer documents are read in windows that overlap by half, each
-    token predicted once. bos: None does as the tokenizer does. min_k: share of the least likely tokens.
+    model: safetensors with a tokenizer, GGUF (name the file itself where its folder holds other things), or
+    "hf://owner/name" (scorers.hub). The digest of its files is in the fingerprint.
+    dtype: bfloat16 for GPUs; the vocabulary is reduced in float32 in any case.
+    context: tokens of a window, BOS included; by default the model's own, at most 2048. stride: by how many tokens the
+    windows of a longer document advance, half of the context by default; each token is predicted once. With `stride =
+    context` they are read as sequences of fixed length, one by one, as in CoLoR-Filter's paper.
+    bos: None does as the tokenizer does.
+    remote_code: whether Python that the model's owner ships may run. It can do whatever you can.
+    k: share of the least likely tokens, for min_k and min_k_plus_plus; a list gives columns min_k_10, min_k_20, ...
+    quantiles: of loss_quantiles; columns loss_q10, loss_q50, ...
+    top_k, outside_top_k: of top_k_rank_loss; the tokens outside are dropped, or count as losses of zero.
 
     The version of transformers is in the fingerprint, because the tokenizer of a GGUF file and the models' code come
     from it; torch changes no more than the last bits.
@@ -82,61 +145,145 @@ class LanguageModel(MapSpec):
 
     scorer: Literal["language_model"] = "language_model"
     model: ModelPath
-    measures: Annotated[tuple[Measure, ...], Field(min_length=1), AfterValidator(_distinct)] = ("bits_per_byte",)
+    measures: Annotated[tuple[Measure, ...], Field(min_length=1)] = ("bits_per_byte",)
     dtype: DType = "float32"
-    min_k: Annotated[float, Field(gt=0, le=1)] = 0.2
     context: Annotated[int, Field(ge=2)] | None = None
+    stride: Annotated[int, Field(ge=1)] | None = None
     bos: bool | None = None
-    version: ClassVar[int] = 1
+    remote_code: bool = False
+    k: Share | Annotated[tuple[Share, ...], Field(min_length=1)] = 0.2
+    quantiles: Annotated[tuple[Quantile, ...], Field(min_length=1)] = (0.1, 0.5, 0.9)
+    top_k: Annotated[int, Field(ge=1)] = 10
+    outside_top_k: OutsideTopK = "drop"
+    version: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("transformers",)
     gpu: ClassVar[bool] = True
-    batch_rows: ClassVar[int] = 256  # enough for batches of like length; a CPU takes minutes for more
+    batch_rows: ClassVar[int] = 1024  # batches of like length need many to choose from
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [column.name for column in self.columns]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"measures: {', '.join(twice)} would be there twice; name each measure and number once")
+        for field, measures in USED_BY.items():
+            if getattr(self, field) != type(self).model_fields[field].default and not set(measures) & set(
+                self.measures
+            ):
+                raise ValueError(
+                    f"{field}: of use to {' and '.join(measures)} alone; add that to measures, or leave it"
+                )
+        if self.context is not None and self.stride is not None and self.stride > self.context:
+            raise ValueError(f"stride: {self.stride} would skip tokens of a context of {self.context}; lower it")
+        return self
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return tuple(COLUMNS[measure] for measure in self.measures)
+        return tuple(column for measure in self.measures for column, _ in self._values(measure))
 
     def problems(self) -> list[str]:
         return super().problems() or ([] if self.trained else _model_problems(self.model))
 
-    def build(self, device: str = "cpu") -> Score:
+    def build(self, device: str = "cpu") -> Staged[Prepared]:
         """Load model and tokenizer. RecipeError when they cannot be loaded or do not fit each other."""
-        model = CausalLM(self.model, device=device, dtype=self.dtype, context=self.context, bos=self.bos)
-        measures: dict[Measure, Callable[[Predicted], float | None]] = {
-            "nats_per_token": lambda p: nats_per_token(p.log_probs),
-            "bits_per_byte": lambda p: bits_per_byte(p.log_probs, p.n_bytes),
-            "min_k": lambda p: min_k(p.log_probs, self.min_k),
-        }
+        model = CausalLM(
+            self.model,
+            device=device,
+            dtype=self.dtype,
+            context=self.context,
+            stride=self.stride,
+            bos=self.bos,
+            remote_code=self.remote_code,
+        )
+        columns = [pair for measure in self.measures for pair in self._values(measure)]
+        needs = tuple(NEEDS[measure] for measure in self.measures if measure in NEEDS)
 
-        def value(measure: Measure, predicted: Predicted | None) -> float | int | None:
-            if predicted is None:
-                return None
-            if measure == "n_tokens":
-                return predicted.log_probs.size
-            if predicted.log_probs.size == 0 or not np.isfinite(predicted.log_probs).all():
-                return None
-            return measures[measure](predicted)
+        def prepare(documents: pa.RecordBatch) -> Prepared:
+            texts: list[str] = documents.column("text").to_pylist()
+            lower = [text.lower() for text in texts] if "lowercase_ratio" in self.measures else texts
+            differ = [i for i, (text, low) in enumerate(zip(texts, lower, strict=True)) if text != low]
+            zipped = [define.compressed_bytes(t) if "zlib_ratio" in self.measures else 0 for t in texts]
+            return Prepared(model.tokenize([*texts, *(lower[i] for i in differ)]), differ, zipped)
 
-        def score(documents: pa.RecordBatch) -> pa.RecordBatch:
-            predicted = model(documents.column("text").to_pylist())
+        def finish(prepared: Prepared) -> pa.RecordBatch:
+            predicted = model.predict(prepared.tokens, needs)
+            n = len(prepared.compressed)
+            lower = predicted[:n]
+            for i, found in zip(prepared.differ, predicted[n:], strict=True):
+                lower[i] = found
+            documents = [
+                Document(found, low, size) if found is not None else None
+                for found, low, size in zip(predicted[:n], lower, prepared.compressed, strict=True)
+            ]
             return pa.record_batch(
-                [pa.array([value(c.name, p) for p in predicted], c.type) for c in self.columns],  # type: ignore[arg-type]
-                names=[c.name for c in self.columns],
+                [pa.array([_value(column, value, d) for d in documents], column.type) for column, value in columns],
+                names=[column.name for column, _ in columns],
             )
 
-        return score
+        return Staged(prepare, finish)
+
+    def _values(self, measure: Measure) -> Iterator[tuple[Column, Value]]:
+        """The columns of a measure, each with how its value comes out of a document."""
+        column = COLUMNS[measure]
+        if measure in ("min_k", "min_k_plus_plus"):
+            for k in self.k if isinstance(self.k, tuple) else (self.k,):
+                name = f"{measure}_{_percent(k)}" if isinstance(self.k, tuple) else measure
+                yield replace(column, name=name), partial(_lowest, measure=measure, k=k)
+        elif measure == "loss_quantiles":
+            for q in self.quantiles:
+                yield replace(column, name=f"loss_q{_percent(q)}"), partial(_quantile, q=q)
+        elif measure == "top_k_rank_loss":
+            yield column, partial(_top_k_rank_loss, k=self.top_k, outside=self.outside_top_k)
+        else:
+            yield column, PLAIN[measure]
+
+
+def _lowest(document: Document, measure: Measure, k: float) -> float:
+    found = document.found
+    return define.min_k(found.log_probs if measure == "min_k" else found.statistics["z_score"], k)
+
+
+def _quantile(document: Document, q: float) -> float:
+    return define.loss_quantile(document.found.log_probs, q)
+
+
+def _top_k_rank_loss(document: Document, k: int, outside: OutsideTopK) -> float | None:
+    found = document.found
+    return define.top_k_rank_loss(found.log_probs, found.statistics["rank"], k, outside)
+
+
+def _lowercase_ratio(document: Document) -> float | None:
+    """1 for a text in lower case, which is not read twice."""
+    if document.lower is document.found:
+        return 1.0
+    if document.lower is None or not _usable(document.lower):
+        return None
+    return define.lowercase_ratio(document.found.log_probs, document.lower.log_probs)
+
+
+def _value(column: Column, value: Value, document: Document | None) -> float | int | None:
+    if document is None or (column.name != "n_tokens" and not _usable(document.found)):
+        return None
+    return value(document)
+
+
+def _usable(predicted: Predicted) -> bool:
+    return bool(predicted.log_probs.size and np.isfinite(predicted.log_probs).all())
+
+
+def _percent(share: float) -> str:
+    """A share as it stands in a column's name: 0.2 as 20, 0.125 as 12_5."""
+    return f"{100 * share:.6f}".rstrip("0").rstrip(".").replace(".", "_")
 
 
 def _model_problems(path: str) -> list[str]:
     """What a look at the file names can tell: is this a model whose weights we would load?"""
     try:
-        gguf = gguf_file(path)
+        gguf, folder = gguf_file(path), Path(local(path))
     except RecipeError as error:
         return [f"model: {error}"]
     if gguf is not None:
         with gguf.open("rb") as file:
             return [] if file.read(4) == b"GGUF" else [f"model: {str(gguf)!r} is no GGUF file; correct the path"]
-    folder = Path(path)
     if not (folder / "config.json").exists():
         return [f"model: {path!r} has no config.json; name a Hugging Face model folder or a GGUF file"]
     if not any(folder.glob("*.safetensors")):

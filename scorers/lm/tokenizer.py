@@ -1,8 +1,9 @@
-"""Tokenizers from what a model's owner ships: a folder, a GGUF file, or a bare tokenizer.json. Never from the network.
+"""Tokenizers from what a model's owner ships: a folder, a GGUF file, a bare tokenizer.json, or a name on the hub.
 
     folder/                          tokenizer.json, or the older vocabulary files that transformers can convert
     folder/model.gguf, model.gguf    the tokenizer inside the file's metadata
     tokenizer.json                   the Rust tokenizer's own file
+    hf://owner/name                  the folder that scorers.hub finds
 
 Two views of the same thing: `load_tokenizer` gives the Rust tokenizer, which counts and cuts in batches without the
 interpreter's lock; `load_pretrained` adds what transformers knows of a model's special tokens (BOS above all).
@@ -16,6 +17,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scorers.hub import local
 from storage.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ def gguf_file(path: str) -> Path | None:
 
     RecipeError for a folder with several: quantizations of one model differ in every score, so the recipe must choose.
     """
-    target = Path(path)
+    target = Path(local(path))
     if target.suffix == ".gguf":
         return target
     if not target.is_dir() or (target / "config.json").exists():
@@ -46,7 +48,7 @@ def load_tokenizer(path: str) -> "Tokenizer":
     """
     from tokenizers import Tokenizer
 
-    target = Path(path)
+    target = Path(local(path))
     file = target / "tokenizer.json" if target.is_dir() else target
     if file.suffix == ".json" and file.exists():
         try:
@@ -60,10 +62,11 @@ def load_tokenizer(path: str) -> "Tokenizer":
     return tokenizer
 
 
-def load_pretrained(path: str) -> Any:
+def load_pretrained(path: str, *, remote_code: bool = False) -> Any:
     """The transformers tokenizer of a model's folder or GGUF file; its Rust tokenizer neither pads nor cuts.
 
-    RecipeError when there is none at `path`, or one without a Rust form.
+    `remote_code`: whether Python that lies beside it may run. RecipeError when there is no tokenizer at `path`, or one
+    without a Rust form.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -71,7 +74,9 @@ def load_pretrained(path: str) -> Any:
     try:
         with quiet():
             if gguf is None:
-                tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+                tokenizer = AutoTokenizer.from_pretrained(
+                    local(path), local_files_only=True, trust_remote_code=remote_code
+                )
             else:  # not AutoTokenizer, which would read the whole metadata once more for the model's class
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(
                     str(gguf.parent), gguf_file=gguf.name, local_files_only=True

@@ -68,7 +68,22 @@ def language_model(folder: Path) -> dict[str, Any]:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
     return {
         "model": str(folder / "model"),
-        "measures": ["bits_per_byte", "nats_per_token", "n_tokens", "min_k"],
+        "measures": [
+            "bits_per_byte",
+            "nats_per_token",
+            "nats",
+            "n_tokens",
+            "loss_quantiles",
+            "min_k",
+            "min_k_plus_plus",
+            "zlib_ratio",
+            "lowercase_ratio",
+            "token_entropy",
+            "el2n",
+            "top_k_rank_loss",
+        ],
+        "k": [0.1, 0.2],
+        "top_k": 200,
     }
 
 

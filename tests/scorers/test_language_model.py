@@ -5,9 +5,10 @@ import math
 import pickle
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gguf
 import numpy as np
@@ -32,9 +33,10 @@ from transformers import (
 )
 
 from scorers.lm import forward
-from scorers.lm.forward import CausalLM, token_log_probs, windows
-from scorers.lm.measures import LanguageModel, bits_per_byte, min_k, nats_per_token
+from scorers.lm.forward import CausalLM
+from scorers.lm.measures import LanguageModel, Measure
 from scorers.lm.tokenizer import load_tokenizer
+from scorers.lm.windows import batch_size, windows
 from storage.errors import RecipeError, ShardError
 
 SENTENCE = "The miller's water wheel turns slowly, and the naïve 🎉 stones grind 1,234 sacks of barley. "
@@ -130,7 +132,7 @@ def reference(path: str, ids: list[int]) -> np.ndarray:
     return logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
 
 
-ALL = ("nats_per_token", "bits_per_byte", "n_tokens", "min_k")
+ALL: tuple[Measure, ...] = ("nats_per_token", "bits_per_byte", "n_tokens", "min_k")
 
 
 def test_mean_loss_is_transformers_own(model_dir: str) -> None:
@@ -145,7 +147,7 @@ def test_mean_loss_is_transformers_own(model_dir: str) -> None:
 
 
 def test_a_text_scores_alone_as_in_any_company(model_dir: str) -> None:
-    spec = LanguageModel(model=model_dir, measures=ALL)
+    spec = LanguageModel(model=model_dir, measures=get_args(Measure), context=64)
     together, reversed_ = score(spec, TEXTS), score(spec, TEXTS[::-1])
     build = spec.build()
     for number, text in enumerate(TEXTS):
@@ -166,22 +168,52 @@ def test_windows_of_a_long_text_equal_a_computation_by_hand(gpt2_dir: str, llama
     [found] = CausalLM(gpt2_dir, context=16, bos=None)([text])
     assert found.log_probs.size == 40
     np.testing.assert_allclose(found.log_probs, np.concatenate(expected), rtol=1e-4, atol=1e-5)
-    # with a BOS before every window: 15 tokens of text each, advancing by 7
+    # with a BOS before every window: 15 tokens of text each, advancing by 8
     expected = [reference(llama_dir, [0, *ids[:15]])]
-    expected += [reference(llama_dir, [0, *ids[s : s + 15]])[8:] for s in (7, 14, 21)]
-    expected += [reference(llama_dir, [0, *ids[28:41]])[8:]]
+    expected += [reference(llama_dir, [0, *ids[s : s + 15]])[7:] for s in (8, 16, 24)]
+    expected += [reference(llama_dir, [0, *ids[32:41]])[7:]]
     [found] = CausalLM(llama_dir, context=16, bos=None)([text])
     assert found.log_probs.size == 41
     np.testing.assert_allclose(found.log_probs, np.concatenate(expected), rtol=1e-4, atol=1e-5)
 
 
-@given(n=st.integers(0, 300), width=st.integers(2, 40), first=st.integers(0, 1))
-def test_each_token_is_predicted_once_with_half_a_window_before_it(n: int, width: int, first: int) -> None:
-    cut = list(windows(0, n, width, first))
+def test_sequences_of_fixed_length(gpt2_dir: str, llama_dir: str, rust: Tokenizer) -> None:
+    """stride = context: with a BOS each stands alone; without one its first token is the last of the one before."""
+    ids = rust.encode(SENTENCE * 4).ids[:41]
+    text = rust.decode(ids)
+    expected = [reference(llama_dir, [0, *ids[s : s + 15]]) for s in (0, 15, 30)]
+    [found] = CausalLM(llama_dir, context=16, stride=16)([text])
+    np.testing.assert_allclose(found.log_probs, np.concatenate(expected), rtol=1e-4, atol=1e-5)
+    expected = [reference(gpt2_dir, ids[s : s + 16]) for s in (0, 15, 30)]
+    [found] = CausalLM(gpt2_dir, context=16, stride=16)([text])
+    np.testing.assert_allclose(found.log_probs, np.concatenate(expected), rtol=1e-4, atol=1e-5)
+    for stride in (0, 17):
+        with pytest.raises(RecipeError, match="not between 1 and the context, 16"):
+            CausalLM(llama_dir, context=16, stride=stride)
+
+
+@given(n=st.integers(0, 300), width=st.integers(2, 40), stride=st.integers(1, 60), first=st.integers(0, 1))
+def test_each_token_is_predicted_once_with_the_rest_of_a_window_before_it(
+    n: int, width: int, stride: int, first: int
+) -> None:
+    cut = list(windows(0, n, width, stride, first))
     assert [t for w in cut for t in range(w.first, w.stop)] == list(range(first, n))
-    assert all(0 < w.stop - w.start <= width and w.first < w.stop <= n for w in cut)
-    assert all(w.first - w.start >= width // 2 for w in cut[1:])
+    assert all(0 < w.stop - w.start <= width and w.start + first <= w.first < w.stop <= n for w in cut)
+    assert all(w.first - w.start == max(width - stride, first) for w in cut[1:])
     assert len(cut) <= 1 or n > width
+
+
+@given(st.lists(st.integers(1, 2048), min_size=1, max_size=200), st.sampled_from([64, 1024, 8192]))
+def test_padding_is_bounded(lengths: list[int], tokens: int) -> None:
+    lengths.sort(reverse=True)
+    begin = 0
+    while begin < len(lengths):
+        batch = lengths[begin : begin + batch_size(lengths, begin, tokens)]
+        places = len(batch) * batch[0]
+        assert batch
+        assert len(batch) == 1 or places <= tokens
+        assert places - sum(batch) <= 0.05 * places or places <= tokens / 8
+        begin += len(batch)
 
 
 def test_what_cannot_be_computed_is_null(gpt2_dir: str, llama_dir: str) -> None:
@@ -221,17 +253,80 @@ def test_bytes_are_those_of_the_predicted_tokens(gpt2_dir: str, llama_dir: str, 
     assert scores["bits_per_byte"][0] == pytest.approx(nats / math.log(2) / found.n_bytes, rel=1e-6)
 
 
-def test_worked_example_of_min_k() -> None:
-    logits = torch.tensor([[2, 1, 0, -1], [0.5] * 4, [3, 0, 0, 0], [0, 1, 2, 3], [1, -1, 2, 0]])
-    log_probs = token_log_probs(logits, torch.tensor([0, 3, 1, 3, 0])).numpy()
-    np.testing.assert_allclose(log_probs, [-0.440190, -1.386294, -3.139206, -0.440190, -1.440190], atol=1e-6)
-    for ratio, expected in ((0.2, -3.139206), (0.4, -2.289698), (0.6, -1.988563), (1.0, -1.369214)):
-        assert min_k(log_probs, ratio) == pytest.approx(expected, abs=1e-6)
-    assert min_k(log_probs, 0.1) == pytest.approx(-3.139206, abs=1e-6)  # fewer than 1 / ratio tokens: one is taken
-    assert min_k(np.linspace(-100, -1, 100, dtype=np.float32), 0.29) == -86  # 29 tokens, whatever 0.29 * 100 is
-    assert nats_per_token(log_probs) == pytest.approx(1.369214, abs=1e-6)
-    assert bits_per_byte(log_probs, 10) == pytest.approx(6.846070 / 10 / math.log(2), abs=1e-6)
-    assert bits_per_byte(log_probs, 0) is None
+EVERY: tuple[Measure, ...] = get_args(Measure)
+
+
+def plainly(path: str, text: str, *, k: float = 0.2, top_k: int = 100) -> dict[str, float]:
+    """Every measure of a text of one window as its definition says, from whole rows of logits in float64."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+    def rows(text: str) -> tuple[torch.Tensor, torch.Tensor, int]:
+        ids = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        skipped = ids["offset_mapping"][0][1] if "gpt2" in path else 0
+        given = torch.tensor([[*([] if "gpt2" in path else [0]), *ids["input_ids"]]])
+        with torch.inference_mode():
+            return model(given).logits[0, :-1].double().log_softmax(-1), given[0, 1:], len(text[skipped:].encode())
+
+    log_p, targets, n_bytes = rows(text)
+    p, lp = log_p.exp(), log_p.gather(1, targets[:, None])[:, 0]
+    mu = (p * log_p).sum(-1)
+    z = (lp - mu) / ((p * log_p**2).sum(-1) - mu**2).sqrt()
+    n = max(1, int(k * len(lp)))
+    low_p, low_targets, _ = rows(text.lower())
+    inside = (log_p > lp[:, None]).sum(-1) < top_k
+    found = {
+        "bits_per_byte": -lp.sum() / (math.log(2) * n_bytes),
+        "nats_per_token": -lp.mean(),
+        "nats": -lp.sum(),
+        "n_tokens": torch.tensor(len(lp)),
+        "loss_q10": torch.quantile(-lp, 0.1),
+        "loss_q50": torch.quantile(-lp, 0.5),
+        "loss_q90": torch.quantile(-lp, 0.9),
+        "min_k": lp.sort().values[:n].mean(),
+        "min_k_plus_plus": z.sort().values[:n].mean(),
+        "zlib_ratio": lp.mean() / len(zlib.compress(text.encode())),
+        "lowercase_ratio": low_p.gather(1, low_targets[:, None]).mean() / lp.mean(),
+        "token_entropy": -mu.mean(),
+        "el2n": (p - torch.nn.functional.one_hot(targets, p.shape[1])).norm(dim=-1).mean(),
+        "top_k_rank_loss": torch.tensor(np.median(-lp[inside].numpy())),
+    }
+    return {name: value.item() for name, value in found.items()}
+
+
+def test_every_measure_is_its_definition(model_dir: str) -> None:
+    texts = [SENTENCE, SENTENCE[5:60], "to be or not to be", "MÜHLE Ελληνικά", SENTENCE.lower()]
+    scores = score(LanguageModel(model=model_dir, measures=EVERY, top_k=100), texts)
+    for number, text in enumerate(texts):
+        for name, value in plainly(model_dir, text).items():
+            assert scores[name][number] == pytest.approx(value, rel=1e-4), (text, name)
+    assert scores["lowercase_ratio"][-1] == 1
+    assert scores["lowercase_ratio"][0] != 1
+
+
+def test_one_pass_gives_what_single_passes_give(model_dir: str) -> None:
+    together = score(LanguageModel(model=model_dir, measures=EVERY), TEXTS)
+    alone: dict[str, list[Any]] = {}
+    for measure in EVERY:
+        alone |= score(LanguageModel(model=model_dir, measures=(measure,)), TEXTS)
+    assert list(together) == list(alone)
+    for name in together:
+        for one, other in zip(together[name], alone[name], strict=True):
+            assert one == (other if other is None else pytest.approx(other, rel=1e-4)), name
+
+
+def test_a_grid_gives_a_column_for_each(llama_dir: str) -> None:
+    grid = {"k": (0.1, 0.125, 1.0), "measures": ("min_k", "min_k_plus_plus")}
+    scores = score(LanguageModel(model=llama_dir, **grid), [SENTENCE])
+    names = [f"{name}_{k}" for name in grid["measures"] for k in ("10", "12_5", "100")]
+    assert list(scores) == names
+    for k, percent in ((0.1, "10"), (0.125, "12_5"), (1.0, "100")):
+        for name, value in score(LanguageModel(model=llama_dir, **(grid | {"k": k})), [SENTENCE]).items():
+            assert scores[f"{name}_{percent}"] == value
+    quantiles = LanguageModel(model=llama_dir, measures=("loss_quantiles",), quantiles=(0.0, 0.25, 0.999))
+    assert [c.name for c in quantiles.columns] == ["loss_q0", "loss_q25", "loss_q99_9"]
 
 
 def test_logits_that_are_more_than_the_output_embedding(rust: Tokenizer, tmp_path: Path) -> None:
@@ -405,15 +500,22 @@ def test_a_model_that_sees_what_it_predicts_is_refused(rust: Tokenizer, tmp_path
 
 
 def test_the_spec(llama_dir: str, tmp_path: Path) -> None:
-    spec = LanguageModel(model=llama_dir, measures=("min_k", "n_tokens"), min_k=0.1)
+    spec = LanguageModel(model=llama_dir, measures=("min_k", "n_tokens"), k=0.1)
     assert [c.name for c in spec.columns] == ["min_k", "n_tokens"]
     assert pickle.loads(pickle.dumps(spec)) == spec == LanguageModel.model_validate_json(spec.model_dump_json())
     assert hash(spec) == hash(pickle.loads(pickle.dumps(spec)))
     same = spec.fingerprint()
     assert spec.model_copy().fingerprint() == same
-    for change in ({"min_k": 0.2}, {"dtype": "bfloat16"}, {"context": 16}, {"bos": False}):
+    for change in (
+        {"k": 0.2},
+        {"dtype": "bfloat16"},
+        {"context": 16},
+        {"stride": 8},
+        {"bos": False},
+        {"remote_code": True},
+    ):
         assert spec.model_copy(update=change).fingerprint() != same
-    for bad in ({"measures": ()}, {"measures": ("min_k", "min_k")}, {"context": 0}, {"min_k": 0.0}, {"k": 1}):
+    for bad in ({"measures": ()}, {"measures": ("min_k", "min_k")}, {"context": 0}, {"k": 0.0}, {"min_k": 1}):
         with pytest.raises(ValidationError):
             LanguageModel(model=llama_dir, **bad)
 
