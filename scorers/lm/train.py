@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import lru_cache
@@ -65,14 +64,15 @@ def train(
 ) -> dict[str, Any]:
     """Trains on the Parquet file `texts` (text, prompt, heldout; in training order) and writes the folder `out`.
 
-    `base` and `tokenizer` are those of `training` as paths. `work` keeps the tokens, the checkpoint and log.jsonl
-    (a line per logged step: step, steps, tokens, loss, lr, tokens_per_second); a run that finds its own there goes on.
-    `out` is complete or absent: config, float32 safetensors, tokenizer, and training.json, the record that is returned.
-    Losses are in nats per target token, low is good.
+    `base` and `tokenizer` are those of `training` as paths. `work`, a folder for this training alone, keeps the tokens,
+    the checkpoint and log.jsonl (a line per logged step: step, steps, tokens, loss, lr, tokens_per_second); a run that
+    finds them there goes on. `out` is complete or absent: config, float32 safetensors, tokenizer, and training.json,
+    the record that is returned. Losses are in nats per target token, low is good.
 
     With several ranks torch.distributed is set up by the caller, `work` is one folder for all, each rank computes its
-    share of every batch, rank 0 writes, and the others return an empty record. RecipeError for input that cannot be
-    trained on, and for a loss that is no longer finite; ShardError where one sequence does not fit into memory.
+    share of every batch, rank 0 writes, and the others return an empty record; a corpus that was prepared before they
+    start keeps them from waiting. RecipeError for input that cannot be trained on, and for a loss that is no longer
+    finite; ShardError where one sequence does not fit into memory.
     """
     import torch
 
@@ -94,8 +94,6 @@ def train(
     checkpoint = Checkpoint(Path(work, "checkpoint.safetensors"), json.dumps([repr(training), seed, corpus.key]))
     progress = checkpoint.read(learner) or Progress(micro=learner.micro)
     learner.micro = progress.micro
-    if base is not None and progress.before is None and rank == 0:
-        progress.before = held_out_loss(base, texts, corpus, context, device)
 
     tokens, mask = corpus.tokens, corpus.mask
     last_log = last_write = began = time.monotonic()
@@ -103,7 +101,7 @@ def train(
     for step in range(progress.step, settings.steps):
         first = step * settings.batch_sequences
         numbers = np.arange(first, min(first + settings.batch_sequences, settings.sequences))
-        places = np.array([_order(int(n) // sequences, sequences, seed)(int(n) % sequences) for n in numbers])
+        places = np.array([_order(int(n) // sequences, sequences, seed)[n % sequences] for n in numbers])
         index = places[:, None] * context + np.arange(context + 1)
         wanted = None if mask is None else mask[index[:, 1:]]
         targets = len(numbers) * context if wanted is None else int(wanted.sum())
@@ -129,7 +127,20 @@ def train(
             last_write = time.monotonic()
     if rank != 0:
         return {}
-    return _finish(training, settings, corpus, learner, progress, texts, out, seed=seed, device=device, world=world)
+    model = learner.release()
+    del learner  # its vectors are four times the model
+    aside = _write(model, corpus, out)
+    record = _record(training, settings, corpus, model, progress) | {
+        "held_out_before": held_out_loss(base, texts, corpus, context, device) if base is not None else None,
+        "held_out": held_out_loss(str(aside), texts, corpus, context, device),
+        "seed": seed,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "ranks": world,
+    }
+    Path(aside, "training.json").write_text(json.dumps(record, indent=1))
+    shutil.rmtree(out, ignore_errors=True)
+    aside.rename(out)
+    return record
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -208,6 +219,12 @@ class Learner:
             own.copy_(other)
         for state in self._optimizer.state.values():
             state["step"].fill_(step)
+
+    def release(self) -> Any:
+        """The model on the CPU, each weight a tensor of its own again. The learner is of no further use."""
+        for weight in self.model.parameters():
+            weight.data, weight.grad = weight.data.cpu().clone(), None
+        return self.model
 
     def _adamw(self, *groups: tuple[slice, float]) -> "torch.optim.Optimizer":
         import torch
@@ -327,7 +344,6 @@ class Progress:
         self.seconds = 0.0
         self.micro = micro
         self.losses: list[float] = []
-        self.before: dict[str, Any] | None = None
 
 
 class Checkpoint(NamedTuple):
@@ -445,12 +461,9 @@ def _multiplied(model: Any) -> int:
 
 
 @lru_cache(maxsize=2)
-def _order(epoch: int, sequences: int, seed: int) -> Callable[[int], int]:
+def _order(epoch: int, sequences: int, seed: int) -> NDArray[np.int64]:
     """The order of an epoch: as the texts came, then permuted by seed and epoch."""
-    if epoch == 0:
-        return lambda place: place
-    order = np.random.default_rng([seed, epoch]).permutation(sequences)
-    return lambda place: int(order[place])
+    return np.arange(sequences) if epoch == 0 else np.random.default_rng([seed, epoch]).permutation(sequences)
 
 
 def _log(work: str, settings: Settings, step: int, loss: float, lr: float, speed: float) -> None:
@@ -460,37 +473,27 @@ def _log(work: str, settings: Settings, step: int, loss: float, lr: float, speed
         file.write(json.dumps(line | {"tokens_per_second": round(speed, 1)}) + "\n")
 
 
-def _finish(
-    training: Training,
-    settings: Settings,
-    corpus: Corpus,
-    learner: Learner,
-    progress: Progress,
-    texts: str,
-    out: str,
-    *,
-    seed: int,
-    device: str,
-    world: int,
-) -> dict[str, Any]:
-    """Writes the model aside, measures it as it will be read, adds the record, and renames."""
+def _write(model: Any, corpus: Corpus, out: str) -> Path:
+    """Writes model and tokenizer into a folder beside `out`."""
     import torch
 
-    model = learner.model
-    for weight in model.parameters():
-        weight.data, weight.grad = weight.data.cpu().clone(), None  # out of the common vector: each tensor on its own
     aside = Path(f"{out}.part")
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(corpus.tokenizer, aside)
     model.config.dtype = torch.float32
     with quiet():
         model.save_pretrained(aside)
-    text_config = model.config.get_text_config()
+    return aside
+
+
+def _record(training: Training, settings: Settings, corpus: Corpus, model: Any, progress: Progress) -> dict[str, Any]:
+    """What was done, in numbers. FLOPs are the model's, forward and backward (PaLM, arXiv 2204.02311, appendix B)."""
+    config = model.config.get_text_config()
     multiplied = _multiplied(model)
-    attention = 12 * text_config.num_hidden_layers * text_config.hidden_size * settings.context
+    attention = 12 * config.num_hidden_layers * config.hidden_size * settings.context
     curve = np.array_split(np.array(progress.losses), min(CURVE, len(progress.losses)))
     ends = np.cumsum([len(part) for part in curve])
-    record = {
+    return {
         "training": training.model_dump(mode="json"),
         "settings": asdict(settings) | {"tokens": settings.tokens, "steps": settings.steps},
         "parameters": sum(weight.numel() for weight in model.parameters()),
@@ -505,17 +508,8 @@ def _finish(
         "loss": [
             {"step": int(end), "nats_per_token": float(part.mean())} for end, part in zip(ends, curve, strict=True)
         ],
-        "held_out_before": progress.before,
-        "held_out": held_out_loss(str(aside), texts, corpus, settings.context, device),
         "seconds": progress.seconds,
         "tokens_per_second": settings.tokens / progress.seconds,
         "model_flops": (6 * multiplied + attention) * settings.tokens,
-        "seed": seed,
-        "device": torch.cuda.get_device_name(device) if learner.device.type == "cuda" else device,
-        "ranks": world,
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
     }
-    Path(aside, "training.json").write_text(json.dumps(record, indent=1))
-    shutil.rmtree(out, ignore_errors=True)
-    aside.rename(out)
-    return record

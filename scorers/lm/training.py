@@ -73,10 +73,11 @@ class Training(Parameters):
     tokenizer and shape stay. tokenizer: a folder or tokenizer.json with an end-of-text token. vocabulary: an own
     byte-level BPE of that many tokens instead, end-of-text among them, fitted to the training texts. context: tokens of
     a sequence (512, or the base's own if smaller). tokens: training tokens in all, rounded down to whole sequences;
-    epochs: passes over the texts instead (1). batch_tokens: tokens of an optimizer step, a multiple of the context.
-    learning_rate: the peak. min_lr_ratio: where the cosine ends, over the peak. warmup_tokens: of the linear rise.
-    dtype: bfloat16 computes in mixed precision (GPUs, and CPUs that have it); weights, moments and the written model
-    are float32 in any case. answers_only: of texts with a prompt, the prompt's tokens are no targets.
+    epochs: passes over the texts instead (1), without the few tokens after the last whole sequence. batch_tokens:
+    tokens of an optimizer step, rounded down to whole sequences. learning_rate: the peak. min_lr_ratio: where the
+    cosine ends, over the peak. warmup_tokens: of the linear rise. dtype: bfloat16 computes in mixed precision (GPUs,
+    and CPUs that have it); weights, moments and the written model are float32 in any case. answers_only: of texts with
+    a prompt, the prompt's tokens are no targets.
     """
 
     size: SizeName | None = None
@@ -111,8 +112,10 @@ class Training(Parameters):
             raise ValueError("with size name one of tokenizer (a folder or tokenizer.json) and vocabulary (a number)")
         if self.tokens is not None and self.epochs is not None:
             raise ValueError("name one of tokens and epochs; either says how long the training is")
-        if self.batch_tokens is not None and self.batch_tokens < (self.context or 2):
-            raise ValueError(f"batch_tokens must hold a sequence of {self.context or 2} tokens; raise it")
+        sequence = self.context or (CONTEXT if self.base is None else 2)  # a base may have room for fewer
+        for field in ("tokens", "batch_tokens"):
+            if (getattr(self, field) or sequence) < sequence:
+                raise ValueError(f"{field} must hold a sequence of {sequence} tokens; raise it, or lower context")
         return self
 
 

@@ -160,6 +160,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
         ({"size": "2m", "vocabulary": 300}, "'1m'"),
         ({"size": "1m", "vocabulary": 256}, "257"),
         ({"base": "x", "context": 64, "batch_tokens": 32}, "batch_tokens must hold"),
+        ({"size": "1m", "vocabulary": 300, "tokens": 100}, "tokens must hold a sequence of 512"),
         ({"base": "x", "learning_rate": math.inf}, "finite"),
     ],
 )
@@ -178,7 +179,7 @@ def test_the_tokens_are_the_documents_end_to_end(tmp_path: Path) -> None:
     text = load_tokenizer(made.tokenizer).decode(list(made.tokens), skip_special_tokens=False)
     assert text == "<|endoftext|>one mill<|endoftext|>naïve 🎉 stones<|endoftext|>x<|endoftext|>"
     assert (made.documents, made.empty, made.targets, made.mask) == (3, 1, made.n_tokens - 1, None)
-    assert made.tokens.dtype == np.uint16
+    assert made.tokens.dtype == np.uint16 == corpora._id_type(1 << 16) != corpora._id_type((1 << 16) + 1)
 
 
 VOCABULARY = """
@@ -411,7 +412,7 @@ def test_the_same_seed_gives_the_same_bits(texts: str, trained: tuple[Path, dict
 def test_later_epochs_go_in_another_order(tmp_path: Path) -> None:
     record = run(tmp_path, write(tmp_path, sentences(10)), epochs=2, vocabulary=257)
     n = record["settings"]["sequences"] // 2
-    orders = [[trainer._order(epoch, n, 5)(place) for place in range(n)] for epoch in (0, 1, 2)]
+    orders = [trainer._order(epoch, n, 5).tolist() for epoch in (0, 1, 2)]
     assert orders[0] == list(range(n)) == sorted(orders[1]) == sorted(orders[2])
     assert orders[1] != orders[0] != orders[2] != orders[1]
     assert record["epochs"] == 2.0
@@ -436,7 +437,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     checkpoint = tmp_path / "work" / "checkpoint.safetensors"
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        pass
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert checkpoint.exists()
