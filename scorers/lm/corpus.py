@@ -85,8 +85,8 @@ def prepare(training: Training, texts: str, work: str, *, base: str | None, toke
     a tokenizer without an end-of-text token, and for a vocabulary that the texts do not hold.
     """
     folder = Path(work, "corpus")
-    made_of = [base, tokenizer, training.vocabulary, training.answers_only, os.path.getsize(texts), CHARACTERS]
-    key = json.dumps([*made_of, pq.read_metadata(texts).num_rows])
+    made_of = [base, tokenizer, training.vocabulary, training.answers_only, os.path.getsize(texts)]
+    key = json.dumps([*made_of, pq.read_metadata(texts).num_rows, training.version])
     if (folder / "corpus.json").exists():
         stands = open_corpus(work)
         if stands.key == key:
@@ -117,7 +117,8 @@ def open_corpus(work: str) -> Corpus:
 
 def held_out(texts: str) -> Iterator[list[tuple[str, str]]]:
     """The held-out rows as (prompt, text), in groups of about CHARACTERS; rows without text are left out."""
-    return _groups(texts, heldout=True)
+    for group in _groups(texts, heldout=True):
+        yield [(prompt, text) for prompt, text in group if text]
 
 
 def first_answer_token(encoding: Any, prompt: int) -> int:

@@ -72,12 +72,12 @@ class Training(Parameters):
     size: a rung of the ladder, named by its parameters without embeddings. base: a model to go on with instead, whose
     tokenizer and shape stay. tokenizer: a folder or tokenizer.json with an end-of-text token. vocabulary: an own
     byte-level BPE of that many tokens instead, end-of-text among them, fitted to the training texts. context: tokens of
-    a sequence (512, or the base's own if smaller). tokens: training tokens in all, rounded down to whole sequences;
-    epochs: passes over the texts instead (1), without the few tokens after the last whole sequence. batch_tokens:
-    tokens of an optimizer step, rounded down to whole sequences. learning_rate: the peak. min_lr_ratio: where the
-    cosine ends, over the peak. warmup_tokens: of the linear rise. dtype: bfloat16 computes in mixed precision (GPUs,
-    and CPUs that have it); weights, moments and the written model are float32 in any case. answers_only: of texts with
-    a prompt, the prompt's tokens are no targets.
+    a sequence (512, or the base's own if smaller). tokens: training tokens in all, in as many passes over the texts as
+    that takes; epochs: passes instead (1), each without the few tokens after the last whole sequence. batch_tokens:
+    tokens of an optimizer step; it and tokens are rounded down to whole sequences. learning_rate: the peak.
+    min_lr_ratio: where the cosine ends, over the peak. warmup_tokens: of the linear rise. dtype: bfloat16 computes in
+    mixed precision (GPUs, and CPUs that have it); weights, moments and the written model are float32 in any case.
+    answers_only: of texts with a prompt, the prompt's tokens are no targets.
     """
 
     size: SizeName | None = None

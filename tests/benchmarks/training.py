@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from scorers.lm.train import Learner
+from scorers.lm.learner import Learner
 from scorers.lm.training import LADDER, Settings
 
 

@@ -22,11 +22,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from scorers.lm import corpus as corpora
+from scorers.lm import learner as learning
 from scorers.lm import train as trainer
 from scorers.lm.corpus import END_OF_TEXT, prepare
 from scorers.lm.forward import CausalLM
+from scorers.lm.learner import Learner
 from scorers.lm.tokenizer import load_pretrained, load_tokenizer
-from scorers.lm.train import Learner, learning_rate, train
+from scorers.lm.train import learning_rate, train
 from scorers.lm.training import LADDER, Settings, Training, resolve
 from storage.errors import RecipeError, ShardError
 
@@ -290,8 +292,8 @@ def gpt2() -> GPT2LMHeadModel:
 @pytest.mark.parametrize("build", [llama, lambda: llama(tied=False), gpt2], ids=["tied", "untied", "gpt2"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_gradient_is_transformers_own(build: Any, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(trainer.BLOCK, "cpu", 101 * 7)  # several blocks, the last one shorter
-    monkeypatch.setitem(trainer.MICRO_TOKENS, "cpu", 32)  # passes of 2 sequences
+    monkeypatch.setitem(learning.BLOCK, "cpu", 101 * 7)  # several blocks, the last one shorter
+    monkeypatch.setitem(learning.MICRO_TOKENS, "cpu", 32)  # passes of 2 sequences
     rng = np.random.default_rng(1)
     ids = rng.integers(0, 101, (5, 17))
     wanted = rng.random((5, 16)) < 0.4 if masked else None
