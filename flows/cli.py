@@ -61,7 +61,7 @@ def check(
 
 @app.command()
 def run(recipe: RecipeArgument, lake: LakeOption, workers: Workers = CPUS, catalog: CatalogOption = "") -> None:
-    """Do all that the recipe says, as one Prefect flow: ingest, score, weigh, mix, export."""
+    """Do all that the recipe says, as one Prefect flow: ingest, score, train, weigh, mix, export."""
     from pipelines.check import check_sources
 
     graph = _graph(recipe)
@@ -103,6 +103,7 @@ def ingest(recipe: RecipeArgument, lake: LakeOption, workers: Workers = CPUS, ca
 
 
 app.command("score")(_stage(("score",), "Compute score entries, and what they need."))
+app.command("train")(_stage(("train",), "Train models, also those that learned from what is no longer all."))
 app.command("weigh")(_stage(("weigh",), "Compute the weights of groups."))
 app.command("mix")(_stage(("weigh", "mix"), "Choose the documents of the mixtures."))
 app.command("export")(_stage(("export",), "Write mixtures as files for a trainer."))

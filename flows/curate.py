@@ -21,7 +21,7 @@ from pipelines.execute import Executor, Serial
 from pipelines.graph import Graph
 from pipelines.ingest import missing
 from pipelines.recipe import Recipe
-from pipelines.run import Record, Run, Step, perform, recorded, steps
+from pipelines.run import STAGES, Record, Run, Step, perform, recorded, steps
 from storage.errors import RecipeError, ShardError
 from storage.lake import Lake
 from storage.sql import nearest
@@ -29,7 +29,7 @@ from storage.sql import nearest
 
 @flow(name="corpusmill", flow_run_name="{recipe.name}", validate_parameters=False)
 def curate(recipe: Recipe, lake: str, workers: int, catalog: str = "") -> dict[str, Any]:
-    """Ingest, score, weigh, mix and export as the recipe says. Returns the counts of every step.
+    """Ingest, score, train, weigh, mix and export as the recipe says. Returns the counts of every step.
 
     Args:
         lake: the lake's folder; made where there is none.
@@ -92,7 +92,7 @@ def _all(
     folder: Path,
     executor: Executor,
     do: Any,
-    stages: Sequence[str] = ("ingest", "score", "weigh", "mix", "export"),
+    stages: Sequence[str] = STAGES,
     entries: Sequence[str] = (),
     catalog: str = "",
 ) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _all(
             f"{len(left)} groups of files are not ingested yet; run: corpusmill ingest RECIPE --lake {folder}"
         )
     watch = watcher()
-    run = Run(lake, graph, executor, watch)
+    run = Run(lake, graph, executor, watch, anew=tuple(stages) == ("train",))
     try:
         with recorded(run) as record:
             for step in plan:

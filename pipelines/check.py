@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.execute import Executor, Serial
-from pipelines.graph import Graph
+from pipelines.graph import SCORED, Graph
 from pipelines.ingest import missing
 from pipelines.recipe import Recipe
-from pipelines.run import Run, perform, recorded, steps
+from pipelines.run import STAGES, Run, perform, recorded, steps
 from pipelines.score import todo
 from storage.errors import RecipeError
 from storage.lake import Lake
@@ -44,19 +44,35 @@ def plan(graph: Graph, folder: Path | None) -> Iterator[str]:
         if run is not None:
             run.refresh()
             yield f"  ingest   {graph.documents:<30} {_ingested(run)}"
-        for entry in graph.scored:
-            yield f"  {entry.kind:<8} {entry.table:<30} {_scored(run, entry.name)}" + _because(graph, entry.name)
-        for name in graph.recipe.rules:
-            yield f"  rules    {name:<30} a view over {graph.entries[name].signals}"
-        for name in graph.recipe.weights:
-            yield f"  weights  {name}"
-        for name in graph.recipe.mixtures:
-            yield f"  mixture  {graph.mixture_table(name)}"
+        for name in graph.order:
+            yield from _planned(run, graph, name)
         for name, export in graph.recipe.exports.items():
             yield f"  export   {name:<30} {export.mixture} as {export.format}"
     finally:
         if run is not None:
             run.lake.close()
+
+
+def _planned(run: Run | None, graph: Graph, name: str) -> Iterator[str]:
+    if name in graph.learners:
+        yield f"  model    {graph.learners[name].model:<30} {_trained(run, name)}"
+    elif name in graph.recipe.weights:
+        yield f"  weights  {name}"
+    elif name in graph.recipe.mixtures:
+        yield f"  mixture  {graph.mixture_table(name)}"
+    elif (entry := graph.entries[name]).kind == "rules":
+        yield f"  rules    {name:<30} a view over {entry.signals}"
+    elif entry.kind in SCORED:
+        yield f"  {entry.kind:<8} {entry.table:<30} {_scored(run, name)}" + _because(graph, name)
+
+
+def _trained(run: Run | None, name: str) -> str:
+    model = run.graph.learners[name].model if run else ""
+    rows = run.lake.rows("SELECT made_at, record FROM lake.main.models WHERE model = ?", [model]) if run else []
+    if not rows:
+        return "to train"
+    record = json.loads(rows[0][1])
+    return f"trained {rows[0][0]:%Y-%m-%d %H:%M} on {record['tokens']:,} tokens"
 
 
 def _ingested(run: Run) -> str:
@@ -117,6 +133,8 @@ def _tables(run: Run) -> Iterator[str]:
     yield f"  {'documents':<24} {_ingested(run)}"
     for entry in graph.scored:
         yield f"  {entry.name:<24} {_scored(run, entry.name)}"
+    for name in graph.learners:
+        yield f"  {name:<24} {_trained(run, name)}"
     for name in graph.recipe.rules:
         yield f"  {name:<24} rules, a view over {graph.entries[name].signals}"
     query = "SELECT name, made_at FROM lake.main.mixtures WHERE recipe = ?"
@@ -138,7 +156,7 @@ def trial(graph: Graph, fraction: float, executor: Executor) -> Iterator[str]:
         spent: dict[str, float] = {}
         try:
             with recorded(run):
-                for step in steps(graph, ("ingest", "score", "weigh", "mix")):
+                for step in steps(graph, STAGES[:-1]):
                     begun = time.monotonic()
                     perform(run, step)
                     spent[step.name] = time.monotonic() - begun

@@ -195,7 +195,8 @@ def _within(selected: Selected, cuts: list[float | None]) -> str:
 def _refusal(run: Run, name: str, unscored: Counter[str]) -> Iterator[str]:
     for entry, count in sorted(unscored.items()):
         # A verdict is missing where its signals are; what has a where of its own can be widened.
-        limited = sorted(e for e in run.graph.upstream([entry]) if run.graph.entries[e].where)
+        entries = run.graph.entries
+        limited = sorted(e for e in run.graph.upstream([entry]) if e in entries and entries[e].where)
         widen = f"widen the where of {' or '.join(limited)}, or " if limited else ""
         yield (
             f"{_place(run.graph, name)}: {count} documents in the running have no {entry}; {widen}put its condition "

@@ -5,6 +5,9 @@ value (parameters, version, model contents, the tables that are read). `where` i
 the entry's *key*, which says what a shard's rows were wanted for:
 
     key = hash(fingerprint, where, keys of what `where` names)        a shard is present when its input has this key
+
+A score of a model that the recipe trains has that model's fingerprint in its own, and the digest of the weights in its
+key: so a model that was trained anew is read anew.
 """
 
 import hashlib
@@ -21,16 +24,17 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipelines.layers import check_types, plain_column
-from pipelines.recipe import RESERVED, Mixture, Recipe, RuleSet, Selection, Weights
-from scorers.base import ColumnsSpec, MapSpec, ReduceSpec, Spec
+from pipelines.recipe import RESERVED, Mixture, Model, Recipe, RuleSet, Selection, Weights
+from scorers.base import ColumnsSpec, MapSpec, Parameters, ReduceSpec, Spec
 from storage.errors import QueryError, RecipeError
 from storage.expressions import Expression, Scope, check_expression, check_order
 from storage.schema import DOCUMENTS, Column, score_schema
-from storage.sql import check_query, nearest
+from storage.sql import check_query, identifiers, nearest
 
 ADOPTED = {"double": pa.float64(), "bigint": pa.int64(), "boolean": pa.bool_(), "varchar": pa.string()}
 RULES = Path(__file__).parent / "rules"
 Kind = Literal["map", "columns", "reduce", "rules", "adopted"]
+SCORED: tuple[Kind, ...] = ("map", "columns", "reduce")
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Entry:
     """A score entry or rule set as it will run.
 
     Attributes:
-        reads: names of the entries that must run before it.
+        reads: names of the score entries and rule sets that must run before it.
+        models: names of the [models.x] entries that its spec reads.
         verdict: of a rule set, the expression that gives the first failing reason, or NULL.
     """
 
@@ -51,6 +56,7 @@ class Entry:
     verdict: Expression | None = None
     maps: Mapping[str, str] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
     fingerprint: str = ""
 
     @property
@@ -85,6 +91,21 @@ class Selected:
         return {reference for part in parts if part for reference in part.references}
 
 
+@dataclass(frozen=True)
+class Learner:
+    """A [models.x] entry as it will be trained. `reads` names whatever must be there before it, of any kind."""
+
+    name: str
+    definition: Model
+    reads: tuple[str, ...] = ()
+    fingerprint: str = ""
+
+    @property
+    def model(self) -> str:
+        """What the trained model is called in the lake."""
+        return f"{self.name}__{self.fingerprint[:8]}"
+
+
 class Graph:
     """A checked recipe. Making one raises RecipeError with every problem that can be known before any work."""
 
@@ -97,6 +118,9 @@ class Graph:
         self.sources = tuple(sorted(source.name for source in recipe.sources))
         self.entries: dict[str, Entry] = {}
         self.selections: dict[str, Selected] = {}
+        self.learners: dict[str, Learner] = {}
+        self.order: tuple[str, ...] = ()
+        """Names of all that is computed (scores, models, weights, mixtures), each after what it reads."""
         self._declare()
         self.scope = Scope(
             documents=tuple(DOCUMENTS.names),
@@ -106,8 +130,9 @@ class Graph:
         self._compile_reads()
         self._compile_rules()
         self._compile_wheres()
-        self._sort()
         self._compile_selections()
+        self._compile_models()
+        self._sort()
         if not self._problems:
             self._problems += check_types(self)
         if self._problems:
@@ -129,10 +154,9 @@ class Graph:
             self._add(Entry("adopted", "adopted", columns, fingerprint=_hash(text)))
         taken = {*self.recipe.scores, *self.recipe.rules, *self.recipe.weights, *self.recipe.mixtures, *RESERVED}
         for name, score in self.recipe.scores.items():
-            for problem in score.spec.problems():
-                dot = "." if problem.partition(":")[0] in type(score.spec).model_fields else ": "
-                self._problems.append(f"scores.{name}{dot}{problem}")
-            entry = Entry(name, score.spec.kind, score.spec.columns, score.spec)
+            self._problems += [_at(f"scores.{name}", problem, type(score.spec)) for problem in score.spec.problems()]
+            trained = tuple(sorted(set(self._trained(f"scores.{name}", score.spec))))
+            entry = Entry(name, score.spec.kind, score.spec.columns, score.spec, models=trained)
             if isinstance(score.spec, MapSpec):
                 for column in sorted(set(score.spec.reads) - set(DOCUMENTS.names)):
                     there = nearest(column, DOCUMENTS.names)
@@ -145,11 +169,20 @@ class Graph:
                     if maps[part] in taken:
                         self._problems.append(f"scores.{name}: its part {maps[part]!r} has a name that is taken")
                     taken.add(maps[part])
-                    self._add(Entry(maps[part], "map", spec.columns, spec))
+                    self._add(Entry(maps[part], "map", spec.columns, spec, models=trained))
                 entry = replace(entry, maps=maps)
             self._add(entry)
         for name in self.recipe.rules:
             self._add(Entry(name, "rules", (Column("keep", pa.bool_(), ""), Column("reason", pa.string(), ""))))
+
+    def _trained(self, place: str, parameters: Parameters) -> Iterator[str]:
+        """The models of the recipe that parameters name."""
+        for parameter, name in parameters.trained.items():
+            if name in self.recipe.models:
+                yield name
+            else:
+                there = nearest(name, self.recipe.models)
+                self._problems.append(f"{place}.{parameter}: no entry [models.{name}]{there}")
 
     def _add(self, entry: Entry) -> None:
         self.entries[entry.name] = entry
@@ -250,19 +283,69 @@ class Graph:
             raise RecipeError(f'.signals: {have} scorer = "{scorer}"; say which with signals = "ENTRY"')
         return found[0]
 
+    def _compile_models(self) -> None:
+        names = ("documents", "corpus", *self.entries)
+        for name, model in self.recipe.models.items():
+            self._problems += [_at(f"models.{name}", problem, type(model)) for problem in model.problems()]
+            reads = set(self._trained(f"models.{name}", model))
+            if model.mixture is not None:
+                if model.mixture not in self.recipe.mixtures:
+                    there = nearest(model.mixture, self.recipe.mixtures)
+                    self._problems.append(f"models.{name}.mixture: no mixture {model.mixture!r}{there}")
+                reads.add(model.mixture)
+            if model.query is not None:
+                try:
+                    check_query(model.query, names, ["mixture"])
+                except QueryError as error:
+                    self._problems += [f"models.{name}.query: {problem}" for problem in error.problems]
+                else:
+                    reads |= identifiers(model.query) & {*self.entries, *self.recipe.mixtures}
+            self.learners[name] = Learner(name, model, tuple(sorted(reads)))
+
+    def reads(self, name: str) -> tuple[str, ...]:
+        """What an entry of any kind reads directly."""
+        if name in self.entries:
+            return (*self.entries[name].reads, *self.entries[name].models)
+        if name in self.learners:
+            return self.learners[name].reads
+        selected = self.selections.get(name)
+        named = sorted({entry for entry, _ in selected.references if entry}) if selected else []
+        mixture = self.recipe.mixtures.get(name)
+        return (*named, *([mixture.weights] if mixture and mixture.weights else []))
+
     def _sort(self) -> None:
+        names = [*self.entries, *self.recipe.weights, *self.recipe.mixtures, *self.learners]
         try:
-            order = list(TopologicalSorter({e.name: e.reads for e in self.entries.values()}).static_order())
+            self.order = tuple(TopologicalSorter({name: self.reads(name) for name in names}).static_order())
         except CycleError as error:
             circle = " -> ".join(error.args[1])
             self._problems.append(f"scores: these wait for each other: {circle}")
             return
         entries, self.entries = self.entries, {}
-        for name in order:
-            entry = entries[name]
-            if entry.spec is not None and not self._problems:
-                entry = replace(entry, fingerprint=self._fingerprint(entry))
-            self.entries[name] = entry
+        for name in self.order:
+            if name in entries:
+                entry = self.entries[name] = entries[name]
+                if entry.spec is not None and not self._problems:
+                    self.entries[name] = replace(entry, fingerprint=self._fingerprint(entry))
+            elif name in self.learners and not self._problems:
+                learner = self.learners[name]
+                inputs = [self._made(read) for read in sorted(self.upstream(learner.reads))]
+                if learner.definition.targets is None:
+                    inputs += [self.documents_fingerprint, *self.sources]
+                fingerprint = learner.definition.fingerprint(str(self.recipe.seed), *inputs)
+                self.learners[name] = replace(learner, fingerprint=fingerprint)
+
+    def _made(self, name: str) -> str:
+        """What stands for an entry of any kind in the fingerprint of a model that learns from it."""
+        if name in self.learners:
+            return self.learners[name].fingerprint
+        if name in self.recipe.mixtures:
+            return self.mixture_table(name)
+        if name in self.recipe.weights:
+            return name  # the mixture's table has it whole
+        entry = self.entries[name]
+        parts = [entry.fingerprint, *(e.sql for e in (entry.verdict, entry.where) if e)]
+        return _hash(json.dumps([name, *parts]))
 
     def _fingerprint(self, entry: Entry) -> str:
         assert entry.spec is not None
@@ -273,6 +356,7 @@ class Graph:
             # A reduce speaks of the corpus that it saw, so the sources are part of its name.
             inputs = [*self.sources, *(self.entries[part].fingerprint for part in entry.maps.values())]
             inputs += [self._where_key(entry, {})]
+        inputs += [self.learners[model].fingerprint for model in entry.models]
         return entry.spec.fingerprint(*inputs)
 
     def _compile_selections(self) -> None:
@@ -380,7 +464,7 @@ class Graph:
         """What the entry's rows are wanted for, now.
 
         Args:
-            states: per reduce entry the digest of what it was computed from.
+            states: per reduce entry the digest of what it was computed from, per trained model that of its weights.
         """
         entry = self.entries[name]
         if entry.kind == "rules":
@@ -388,7 +472,12 @@ class Graph:
             return _hash(json.dumps([entry.verdict.sql, *(self.key(read, states) for read in entry.reads)]))
         state = states.get(name, "") if entry.kind == "reduce" else ""
         inputs = [self.key(read, states) for read in entry.reads] if entry.kind == "columns" else []
-        return _hash(json.dumps([entry.fingerprint, self._where_key(entry, states), state, inputs]))
+        key = _hash(json.dumps([entry.fingerprint, self._where_key(entry, states), state, inputs]))
+        return self.weights(name, states) + key
+
+    def weights(self, name: str, states: Mapping[str, str]) -> str:
+        """What the entry's key begins with: the trained models that gave its values; "" where none did."""
+        return "".join(f"{states.get(model, '')[:12]}-" for model in self.entries[name].models)
 
     def _where_key(self, entry: Entry, states: Mapping[str, str]) -> str:
         if entry.where is None:
@@ -401,7 +490,7 @@ class Graph:
     @cached_property
     def scored(self) -> list[Entry]:
         """Entries with a table of scores to compute, in order."""
-        return [entry for entry in self.entries.values() if entry.kind in ("map", "columns", "reduce")]
+        return [entry for entry in self.entries.values() if entry.kind in SCORED]
 
     def upstream(self, names: Iterable[str]) -> set[str]:
         """The names, and every entry that they read, directly or not."""
@@ -411,7 +500,7 @@ class Graph:
             name = todo.pop()
             if name not in found:
                 found.add(name)
-                todo += self.entries[name].reads if name in self.entries else ()
+                todo += self.reads(name)
         return found
 
     def mixture_table(self, name: str) -> str:
@@ -425,6 +514,11 @@ class Graph:
     def seed(self, mixture: str) -> int:
         seed = self.recipe.mixtures[mixture].seed
         return self.recipe.seed if seed is None else seed
+
+
+def _at(place: str, problem: str, parameters: type[Parameters]) -> str:
+    """A problem told of the field that it begins with, or of the whole entry."""
+    return f"{place}{'.' if problem.partition(':')[0] in parameters.model_fields else ': '}{problem}"
 
 
 def _threshold(value: Any, default: str) -> str:

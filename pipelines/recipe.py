@@ -1,6 +1,6 @@
 """The recipe: a graph of named entries, read strictly. Unknown keys, wrong types and bad names are all told at once.
 
-    [ingest]  [[sources]]  [scores.x]  [rules.x]  [weights.x]  [mixtures.x]  [exports.x]
+    [ingest]  [[sources]]  [scores.x]  [rules.x]  [models.x]  [weights.x]  [mixtures.x]  [exports.x]
 
 The same model is the flow's parameter, survives JSON, and is kept with every run: running that file repeats it.
 """
@@ -26,7 +26,8 @@ from pydantic import (
 )
 
 from scorers import SCORERS
-from scorers.base import Spec
+from scorers.base import FilePath, Spec
+from scorers.lm.training import Training
 from storage.errors import RecipeError
 from storage.paths import beside_recipe
 from storage.schema import DOCUMENTS
@@ -35,7 +36,7 @@ from storage.sql import nearest
 
 RESERVED = frozenset(DOCUMENTS.names) | frozenset(
     {"documents", "files", "shards", "ledger", "weights", "mixtures", "runs", "rejects", "corpus", "adopted"}
-    | {"mixture", "explain", "seen", "computed", "copies", "dropped", "ingest"}
+    | {"mixture", "explain", "seen", "models", "computed", "copies", "dropped", "ingest"}
 )
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,47}$")]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -90,6 +91,30 @@ class RuleSet(BaseModel):
     @property
     def thresholds(self) -> Mapping[str, Any]:
         return self.model_extra or {}
+
+
+class Model(Training):
+    """[models.x]: a language model that the recipe trains, or trains further; scores name it as model = "models.x".
+
+    What it learns is exactly one of `query`, `mixture` and `targets`. A model is trained once: later runs, which may
+    see more documents, keep it until its definition changes or `corpusmill train` is asked for it.
+    """
+
+    query: str | None = None
+    """One SELECT over the recipe's names; its column `text` is learned, after its column `prompt` where it has one."""
+    mixture: Name | None = None
+    """A [mixtures.x] entry: its documents, each as often as the mixture takes it."""
+    targets: FilePath | None = None
+    """A JSONL file (gzip, zstd too) of {text}, {prompt, completion} or {question, answer}."""
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Share of the texts, by their hash, that is not learned; the record has the model's bits per byte on it."""
+    seed: int | None = None
+    """First weights, order and holdout; the recipe's seed when left out."""
+
+    def problems(self) -> list[str]:
+        learned = [field for field in ("query", "mixture", "targets") if getattr(self, field) is not None]
+        found = [] if len(learned) == 1 else [f"name one of query, mixture and targets, not {len(learned)} of them"]
+        return [*found, *super().problems()]
 
 
 class Selection(Strict):
@@ -174,6 +199,7 @@ class Recipe(Strict):
     sources: tuple[Source, ...] = Field(min_length=1)
     scores: Mapping[Name, Score] = {}
     rules: Mapping[Name, RuleSet] = {}
+    models: Mapping[Name, Model] = {}
     weights: Mapping[Name, Weights] = {}
     mixtures: Mapping[Name, Mixture] = {}
     exports: Mapping[Name, Export] = {}
@@ -211,7 +237,7 @@ class Recipe(Strict):
 
     def _names(self) -> Iterator[str]:
         seen: dict[str, str] = {"": ""}
-        for table in ("scores", "rules", "weights", "mixtures", "exports"):
+        for table in ("scores", "rules", "models", "weights", "mixtures", "exports"):
             for entry in getattr(self, table):
                 if entry in RESERVED:
                     yield f"{table}.{entry}: {entry!r} is a word of the lake; choose another name"
@@ -285,6 +311,7 @@ def _fields_at(model: type[BaseModel], data: Mapping[str, Any], loc: tuple[Any, 
     tables: dict[str, type[BaseModel]] = {
         "ingest": Intake,
         "sources": Source,
+        "models": Model,
         "weights": Weights,
         "mixtures": Mixture,
         "exports": Export,

@@ -1,6 +1,6 @@
 """One run of a recipe on a lake: its steps in order, what each needs to know, and the record that is kept.
 
-    ingest -> each score in the graph's order -> each weights and mixture -> each export
+    ingest -> scores, models, weights and mixtures in the graph's order -> each export
 
 A step is a plain function of the Run. A step commits what it finished as it goes, so that a killed run continues where
 it was; names that exist already are repointed together at the end, new names appear when their step ends.
@@ -18,12 +18,14 @@ from importlib.metadata import version
 from typing import Any, Protocol, TypeVar
 
 from pipelines.execute import Executor, Failed
-from pipelines.graph import Entry, Graph
-from storage.errors import CorpusmillError
+from pipelines.graph import SCORED, Entry, Graph
+from scorers.base import Parameters
+from storage.errors import CorpusmillError, RecipeError
 from storage.lake import Lake, Shard, to_json
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Settings = TypeVar("Settings", bound=Parameters)
 Counts = Mapping[str, Any]
 
 COMMIT_SECONDS = 2.0
@@ -61,7 +63,9 @@ class Run:
 
     Attributes:
         sample: the fraction of the sources' input to read, for a trial run.
-        states: per reduce entry the digest of what it was computed from, kept by `refresh`.
+        anew: whether a model that learned from other documents than there are now is trained again.
+        states: per reduce entry the digest of what it was computed from, per trained model that of its weights; kept
+            by `refresh`.
         failed: per step what could not be done, and why.
     """
 
@@ -70,6 +74,7 @@ class Run:
     executor: Executor
     progress: Progress = field(default_factory=Quiet)
     sample: float = 1.0
+    anew: bool = False
     states: dict[str, str] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}")
@@ -99,10 +104,28 @@ class Run:
         }
 
     def refresh(self) -> None:
-        """Bring `states` up to date with the documents; they follow from the documents and the recipe alone."""
+        """Bring `states` up to date with the documents and the models; the rest follows from the recipe."""
+        self.states |= {name: digest for name, (_, digest) in self.trained().items()}
         for entry in self.graph.entries.values():
             if entry.kind == "reduce":
                 self.states[entry.name] = _digest(json.dumps(sorted(self.inputs(entry).items())))
+
+    def trained(self) -> dict[str, tuple[str, str]]:
+        """Per model of the recipe that is trained its folder and the digest of its weights."""
+        rows = self.lake.rows("SELECT model, path, digest FROM lake.main.models")
+        found = {model: (str(self.lake.folder / path), digest) for model, path, digest in rows}
+        return {name: found[each.model] for name, each in self.graph.learners.items() if each.model in found}
+
+    def located(self, parameters: Settings) -> Settings:
+        """Parameters that name models of the recipe, with the folders of those; RecipeError for one not trained yet."""
+        trained = self.trained() if parameters.trained else {}
+        for field_, name in parameters.trained.items():
+            if name not in trained:
+                raise RecipeError(
+                    f"models.{name} is not trained yet; run: corpusmill train RECIPE {name} --lake {self.lake.folder}"
+                )
+            parameters = parameters.model_copy(update={field_: trained[name][0]})
+        return parameters
 
     def key(self, name: str) -> str:
         """What the rows of an entry are now wanted for (Graph.key)."""
@@ -146,22 +169,29 @@ class Step:
     work: Callable[[Run], Counts]
 
 
-def steps(graph: Graph, stages: Sequence[str] = ("ingest", "score", "weigh", "mix", "export")) -> list[Step]:
+STAGES = ("ingest", "score", "train", "weigh", "mix", "export")
+
+
+def steps(graph: Graph, stages: Sequence[str] = STAGES) -> list[Step]:
     """What a run does, in order. `stages` leaves out kinds of steps."""
     from pipelines.export import export
     from pipelines.ingest import ingest
     from pipelines.mix import mix, weigh
     from pipelines.score import score
+    from pipelines.train import train
 
     plan: list[Step] = []
     if "ingest" in stages:
         plan.append(Step("ingest", "ingest", ingest))
-    if "score" in stages:
-        plan += [Step(entry.name, entry.kind, _of(score, entry.name)) for entry in graph.scored]
-    if "weigh" in stages:
-        plan += [Step(name, "weights", _of(weigh, name)) for name in graph.recipe.weights]
-    if "mix" in stages:
-        plan += [Step(name, "mixture", _of(mix, name)) for name in graph.recipe.mixtures]
+    for name in graph.order:
+        if "score" in stages and name in graph.entries and graph.entries[name].kind in SCORED:
+            plan.append(Step(name, graph.entries[name].kind, _of(score, name)))
+        elif "train" in stages and name in graph.learners:
+            plan.append(Step(name, "model", _of(train, name)))
+        elif "weigh" in stages and name in graph.recipe.weights:
+            plan.append(Step(name, "weights", _of(weigh, name)))
+        elif "mix" in stages and name in graph.recipe.mixtures:
+            plan.append(Step(name, "mixture", _of(mix, name)))
     if "export" in stages:
         plan += [Step(name, "export", _of(export, name)) for name in graph.recipe.exports]
     return plan

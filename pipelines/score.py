@@ -22,7 +22,7 @@ from pipelines.frames import covered, evaluate, paths_of
 from pipelines.graph import Entry, Graph
 from pipelines.run import Counts, Run, wanted
 from pipelines.views import joined
-from scorers.base import ColumnsSpec, MapSpec, ReduceSpec, Score, Staged, checked
+from scorers.base import ColumnsSpec, MapSpec, ReduceSpec, Score, Spec, Staged, checked
 from storage.errors import ShardError
 from storage.lake import check_aligned
 from storage.shards import ShardFile, read_shard, write_shard
@@ -80,7 +80,8 @@ def score(run: Run, name: str) -> Counts:
                 raise ShardError(f"{name}: another run changed the documents that this one was scoring; run again")
 
         spec = entry.spec
-        make = partial(make_worker, run.graph, name, run.lake.data)
+        assert spec is not None
+        make = partial(make_worker, run.graph, name, run.located(spec), run.lake.data)
         run.map(name, make, items, keep, lambda item: item.rows, gpu=isinstance(spec, MapSpec) and spec.gpu)
     documents = run.documents()
     return {
@@ -94,7 +95,7 @@ def score(run: Run, name: str) -> Counts:
 def todo(run: Run, entry: Entry) -> list[Item]:
     """Document shards whose score shard is missing, or was wanted for other rows."""
     existing = run.lake.shards(entry.table)
-    key = run.key(entry.name)
+    key, weights = run.key(entry.name), run.graph.weights(entry.name, run.states)
     references = set(entry.where.references) if entry.where else set()
     if isinstance(entry.spec, ColumnsSpec):
         references |= set(run.graph.inputs(entry).values())
@@ -107,19 +108,18 @@ def todo(run: Run, entry: Entry) -> list[Item]:
             continue
         paths = {table: files[shard] for table, files in tables.items()} | {"": document.path}
         of_use = None
-        if old is not None and old.input.startswith(wanted(document.sha256, "")):
+        if old is not None and old.input.startswith(wanted(document.sha256, weights)):
             of_use = ShardFile(entry.table, shard, old.path, old.rows, old.sha256)
         items.append(Item(shard, document.rows, paths, of_use, made_from))
     return items
 
 
-def make_worker(graph: Graph, name: str, data: str, resources: Resources) -> Callable[[Item], Scored]:
+def make_worker(graph: Graph, name: str, spec: Spec, data: str, resources: Resources) -> Callable[[Item], Scored]:
     """The function that scores one shard; the model is loaded at the first document that needs it."""
     entry = graph.entries[name]
-    if isinstance(entry.spec, ColumnsSpec):
-        return partial(_columns, graph, entry, entry.spec, entry.spec.build(), data)
-    assert isinstance(entry.spec, MapSpec)
-    spec = entry.spec
+    if isinstance(spec, ColumnsSpec):
+        return partial(_columns, graph, entry, spec, spec.build(), data)
+    assert isinstance(spec, MapSpec)
     built: list[Score] = []
 
     def build() -> Score:

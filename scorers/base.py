@@ -61,6 +61,9 @@ def _model_path(path: str, info: ValidationInfo) -> str:
 ModelPath = Annotated[str, AfterValidator(_model_path), _Digested()]
 """A model: file or folder, relative paths counting from the recipe's; or "models.x", which the recipe trains."""
 
+FilePath = Annotated[str, AfterValidator(beside_recipe), _Digested()]
+"""A file whose content enters the fingerprint; relative paths count from the recipe's folder."""
+
 
 class Parameters(BaseModel):
     """What can change a value, read strictly, with one fingerprint over all of it."""
@@ -237,6 +240,7 @@ def _file_digest(path: str, size: int, mtime_ns: int) -> str:
 __all__ = [
     "Column",
     "ColumnsSpec",
+    "FilePath",
     "Literal",
     "MapSpec",
     "ModelPath",

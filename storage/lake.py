@@ -6,6 +6,7 @@
     weights    recipe, mixture, group, documents, tokens, share, weight, epochs, ...   what each mixture drew
     mixtures   recipe, name, table, made_at, record                                    totals, drops, frozen cuts
     seen       table, shard, input                                                     what a reduce has read
+    models     model, path, input, digest, made_at, record                             what the recipe trained
     runs       run, recipe, started, ended, state, code, snapshot, resolved, counts, seconds
     <entry>__<fingerprint8>     one table per documents, rejects, score and mixture
 
@@ -42,6 +43,7 @@ BOOKS = {
     "weight DOUBLE, epochs DOUBLE, taken_documents BIGINT, taken_tokens BIGINT",
     "mixtures": 'recipe VARCHAR, name VARCHAR, "table" VARCHAR, made_at TIMESTAMPTZ, record JSON',
     "seen": '"table" VARCHAR, shard VARCHAR, input VARCHAR',
+    "models": "model VARCHAR, path VARCHAR, input VARCHAR, digest VARCHAR, made_at TIMESTAMPTZ, record JSON",
     "runs": "run VARCHAR, recipe VARCHAR, started TIMESTAMPTZ, ended TIMESTAMPTZ, state VARCHAR, code VARCHAR, "
     "snapshot BIGINT, resolved JSON, counts JSON, seconds JSON",
 }
@@ -114,7 +116,32 @@ class Lake:
             reader: pa.RecordBatchReader = con.execute(query).to_arrow_reader(rows)
         except duckdb.Error as error:
             raise QueryError(str(error)) from None
-        return _closing(reader, con)
+        return _translated(reader, con.close)
+
+    @contextmanager
+    def asked(self, query: str, views: Mapping[str, str], macros: Mapping[str, str]) -> Iterator["LakeSpace"]:
+        """A user's SELECT over names that are given here instead of the published ones, as the relation `asked`.
+
+        Args:
+            views: name to SELECT over lake.main; macros: name to SELECT with one parameter called `name`.
+
+        Raises QueryError as `query` does.
+        """
+        con = catalog.attach(self.folder, read_only=True)
+        try:
+            sql.check_query(query, list(views), list(macros))
+            for view, select in views.items():
+                con.execute(f"CREATE TEMP VIEW {name(view)} AS {select}")
+            for macro, select in macros.items():
+                con.execute(f"CREATE TEMP MACRO {name(macro)}(name) AS TABLE {select}")
+            con.execute("SET TimeZone = 'UTC'")
+            con.execute(f"CREATE TEMP VIEW asked AS\n{query.strip().rstrip(';')}")
+            sql.lock(con, self.data)
+            yield LakeSpace(con)
+        except duckdb.Error as error:
+            raise QueryError(str(error).split("\n\nLINE ")[0]) from None
+        finally:
+            con.close()
 
     def recipes(self) -> list[str]:
         """Names of the recipes that have views here, sorted."""
@@ -361,8 +388,11 @@ class LakeSpace:
         self._con.execute(statement)
 
     def read(self, select: str) -> pa.RecordBatchReader:
-        """The rows of a SELECT, in batches."""
-        return self._con.execute(select).to_arrow_reader(100_000)
+        """The rows of a SELECT, in batches. QueryError where it does not run, or breaks off."""
+        try:
+            return _translated(self._con.execute(select).to_arrow_reader(100_000))
+        except duckdb.Error as error:
+            raise QueryError(str(error)) from None
 
 
 _TABLE_MACROS = (
@@ -372,8 +402,8 @@ _TABLE_MACROS = (
 _VIEWS = "SELECT view_name FROM duckdb_views() WHERE database_name = 'lake' AND schema_name = ?"
 
 
-def _closing(reader: pa.RecordBatchReader, con: duckdb.DuckDBPyConnection) -> pa.RecordBatchReader:
-    """The same batches; the connection lives as long as they are read, and errors come translated."""
+def _translated(reader: pa.RecordBatchReader, last: Callable[[], None] = lambda: None) -> pa.RecordBatchReader:
+    """The same batches; errors come as ours, and `last` is called when there are no more."""
 
     def batches() -> Iterator[pa.RecordBatch]:
         try:
@@ -381,7 +411,7 @@ def _closing(reader: pa.RecordBatchReader, con: duckdb.DuckDBPyConnection) -> pa
         except (duckdb.Error, pa.ArrowInvalid, OSError) as error:
             raise QueryError(str(error)) from None
         finally:
-            con.close()
+            last()
 
     return pa.RecordBatchReader.from_batches(reader.schema, batches())
 

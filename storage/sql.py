@@ -120,6 +120,24 @@ def check_query(sql: str, relations: Collection[str], table_functions: Collectio
         todo += [(value, ctes) for key, value in item.items() if key != "cte_map"]
 
 
+def identifiers(sql: str) -> set[str]:
+    """Every name of a table, column or struct field in a query, and every text constant: what it may depend on."""
+    found: set[str] = set()
+    todo: list[Any] = [parse(sql).node]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, list):
+            todo += item
+        elif isinstance(item, dict):
+            found.update(item.get("column_names", ()))
+            found.add(item.get("table_name", ""))
+            if _is_text(item):
+                found.add(item["value"]["value"])
+            else:
+                todo += item.values()
+    return found - {""}
+
+
 def lock(con: "duckdb.DuckDBPyConnection", data_dir: str) -> None:
     """Let `con` reach no file outside `data_dir`, load nothing, and change no setting any more.
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from pipelines.graph import Graph
-from pipelines.recipe import Export, Mixture, Recipe, RuleSet, Score, Weights, load_spec
+from pipelines.recipe import Export, Mixture, Model, Recipe, RuleSet, Score, Weights, load_spec
 from scorers import SCORERS
 from scorers.base import ReduceSpec, Spec
 from scorers.lm.measures import Measure
@@ -148,6 +148,7 @@ def tutorial_output(folder: Path) -> str:
     """Write the tutorial's files into `folder`, do its commands there, and return what the queries print."""
     from flows.curate import work
     from pipelines.execute import Serial
+    from pipelines.run import STAGES
 
     for language in ("python", "json", "toml"):
         for name, content in fenced(language):
@@ -162,8 +163,7 @@ def tutorial_output(folder: Path) -> str:
             verb, *arguments = shlex.split(line)[1:]
             if verb == "run":  # as `run`, but for Prefect
                 recipe, lake = arguments[0], arguments[arguments.index("--lake") + 1]
-                stages = ("ingest", "score", "weigh", "mix", "export")
-                work(Graph(Recipe.load(recipe)), Path(lake), Serial(), stages=stages)
+                work(Graph(Recipe.load(recipe)), Path(lake), Serial(), stages=STAGES)
             else:
                 result = CliRunner().invoke(app, [verb, *arguments], catch_exceptions=False)
                 assert result.exit_code == 0, result.output
@@ -240,6 +240,7 @@ def test_recipes_compile(tmp_path: Path) -> None:
     (models / "gpt2").mkdir(parents=True)
     (models / "gpt2" / "tokenizer.json").write_text("{}")
     (models / "pythia-160m.gguf").write_bytes(b"GGUF")
+    (models / "tasks.jsonl").write_text("{}")
     recipes = list(fenced("toml"))
     assert recipes
     sys.path.insert(0, str(tmp_path))
@@ -249,12 +250,12 @@ def test_recipes_compile(tmp_path: Path) -> None:
             Graph(Recipe.load(tmp_path / "recipe.toml"))
     finally:
         sys.path.remove(str(tmp_path))
-        del sys.modules["questions"]
+        sys.modules.pop("questions", None)
 
 
-@pytest.mark.parametrize("model", [Intake, Source, RuleSet, Score, Weights, Mixture, Export, Recipe])
+@pytest.mark.parametrize("model", [Intake, Source, RuleSet, Score, Model, Weights, Mixture, Export, Recipe])
 def test_every_key_of_a_recipe_is_shown(model: type) -> None:
-    shown = next(text for name, text in fenced("toml") if not name)
+    shown = "".join(text for name, text in fenced("toml") if not name)
     fields = set(model.model_fields) - {"spec"}  # type: ignore[attr-defined]
     assert [field for field in sorted(fields) if not re.search(rf"\b{field}\b", shown)] == []
 

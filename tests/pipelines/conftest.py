@@ -12,10 +12,8 @@ import pytest
 from pipelines.execute import Executor, Serial
 from pipelines.graph import Graph
 from pipelines.recipe import Recipe
-from pipelines.run import Run, perform, recorded, steps
+from pipelines.run import STAGES, Run, perform, recorded, steps
 from storage.lake import Lake
-
-STAGES = ("ingest", "score", "weigh", "mix", "export")
 
 
 @dataclass
