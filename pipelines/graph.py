@@ -237,8 +237,15 @@ class Graph:
                 self._problems.append(
                     f"scores.{name}.inputs.{role}: no column {reference!r}{nearest(reference, names)}"
                 )
-            else:
-                yield entry, column or next(c for c in known if c != "computed")
+                continue
+            column = column or next(c for c in known if c != "computed")
+            unit = next((c.unit for c in self.entries[entry].columns if c.name == column), "")
+            if spec.unit not in (None, unit) and self.entries[entry].kind != "adopted":  # whose units nobody told
+                self._problems.append(
+                    f"scores.{name}.inputs.{role}: {entry}.{column} is in {unit or 'no unit'}, and {spec.unit} is "
+                    "needed; name another column"
+                )
+            yield entry, column
 
     def inputs(self, entry: Entry) -> dict[str, tuple[str, str]]:
         """Per role of a columns entry the (entry, column) that it reads."""

@@ -144,7 +144,7 @@ def _map(graph: Graph, entry: Entry, spec: MapSpec, build: Callable[[], Score], 
         return Scored(item.old, 0)
     scores = [
         checked(scores, spec.columns, rows, entry.name)
-        for rows, scores in _scored(build, _batches(data, item.paths[""], spec, missing))
+        for rows, scores in scored(build, _batches(data, item.paths[""], spec, missing))
     ]
     schema = pa.schema(list(entry.schema)[2:])
     parts = (
@@ -159,7 +159,7 @@ def _map(graph: Graph, entry: Entry, spec: MapSpec, build: Callable[[], Score], 
     return Scored(_write(entry, data, item, ids, have | missing, rows), int(missing.sum()))
 
 
-def _scored(build: Callable[[], Score], batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
+def scored(build: Callable[[], Score], batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
     """(documents, their scores) per batch. A staged score reads and prepares a batch while it finishes the last one."""
     first = next(batches, None)
     if first is None:

@@ -163,6 +163,11 @@ class ColumnsSpec(Spec):
     kind: ClassVar[Kind] = "columns"
     inputs: Mapping[str, str]
 
+    @property
+    def unit(self) -> str | None:
+        """The unit that every input must have; None where any has its meaning."""
+        return None
+
     @abstractmethod
     def build(self) -> Score:
         """The function from a batch whose columns are named by role to the score columns.

@@ -1,9 +1,11 @@
-"""CoLoR-Filter: how much more likely a document is under a model that has seen the target texts.
+"""CoLoR-Filter and its variants: how much a document tells of the target texts, out of losses that are already there.
 
-    score = loss under the prior model - loss under the conditional model        (nats per token, high is good)
+    prior, conditional      prior - conditional      CoLoR: the conditional model is the prior, trained on target texts
+    current, conditional    current - conditional    RHO: the current one is the checkpoint that is being trained
+    conditional             - conditional            conditional-only: the ablation
 
-Both losses are columns of `language_model` entries, each computed once whatever else reads it. The conditional model is
-the prior, trained on for a while with texts of the kind that is wanted. What to keep is a mixture's business.
+High is good in all three. The losses are columns of `language_model` entries, each computed once whatever else reads
+it. What to keep is a mixture's business.
 """
 
 from collections.abc import Mapping
@@ -15,35 +17,55 @@ from pydantic import AfterValidator
 
 from scorers.base import Column, ColumnsSpec, Score
 
-ROLES = ("prior", "conditional")
+VARIANTS = {
+    frozenset({"prior", "conditional"}): "CoLoR: loss of the prior minus that of the conditional",
+    frozenset({"current", "conditional"}): "RHO: loss of the current model minus that of the conditional",
+    frozenset({"conditional"}): "minus the loss of the conditional",
+}
+UNITS = {"token": "nats/token", "sequence": "nats"}
 
 
-def _both_models(inputs: Mapping[str, str]) -> Mapping[str, str]:
-    if set(inputs) != set(ROLES):
-        raise ValueError('inputs must name the two models: { prior = "entry.column", conditional = "entry.column" }')
+def _a_variant(inputs: Mapping[str, str]) -> Mapping[str, str]:
+    if frozenset(inputs) not in VARIANTS:
+        raise ValueError(
+            'name the models: { prior = "entry.column", conditional = "entry.column" }; or current and conditional '
+            "(RHO); or conditional alone"
+        )
     return inputs
 
 
 class ColorFilter(ColumnsSpec):
-    """Prior loss minus conditional loss (Brandfonbrener et al., NeurIPS 2024, arXiv 2406.10670).
+    """Prior loss minus conditional loss (Brandfonbrener et al., NeurIPS 2024, arXiv 2406.10670), RHO, conditional-only.
 
-    inputs: `prior` and `conditional`, each a column of mean losses in nats per token, as `nats_per_token` of a
-    language_model entry. The sign is that of the authors' code; the paper's equation is its negative. The paper sums
-    over sequences of one length; documents differ in length, so the mean per token is what compares them. NULL where a
-    loss is.
+    inputs: the models' roles decide the variant; each names a column of losses.
+    per: "token" takes mean losses in nats per token, as `nats_per_token` of a language_model entry; "sequence" takes
+    losses of whole texts in nats, as its `nats`. The paper sums over sequences of one length, where both rank alike.
+    Documents differ in length, and a sum ranks the longest first or last; so the mean is the default.
+
+    The sign is that of the authors' code; the paper's equation is its negative. NULL where a loss is.
     """
 
     scorer: Literal["color_filter"] = "color_filter"
-    inputs: Annotated[Mapping[str, str], AfterValidator(_both_models)]
+    inputs: Annotated[Mapping[str, str], AfterValidator(_a_variant)]
+    per: Literal["token", "sequence"] = "token"
     version: ClassVar[int] = 1
 
     @property
+    def unit(self) -> str:
+        return UNITS[self.per]
+
+    @property
     def columns(self) -> tuple[Column, ...]:
-        return (Column("score", pa.float32(), "loss of the prior minus that of the conditional", "nats/token", True),)
+        return (Column("score", pa.float32(), VARIANTS[frozenset(self.inputs)], self.unit, True),)
 
     def build(self) -> Score:
+        before = next((role for role in self.inputs if role != "conditional"), None)
+
         def score(losses: pa.RecordBatch) -> pa.RecordBatch:
-            prior, conditional = (losses.column(role).cast(pa.float64()) for role in ROLES)
-            return pa.record_batch([pc.subtract(prior, conditional).cast(pa.float32())], names=["score"])
+            conditional = losses.column("conditional").cast(pa.float64())
+            gain = (
+                pc.subtract(losses.column(before).cast(pa.float64()), conditional) if before else pc.negate(conditional)
+            )
+            return pa.record_batch([gain.cast(pa.float32())], names=["score"])
 
         return score

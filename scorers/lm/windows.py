@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 PADDING = 0.05
 """Largest share of a batch that may be padding, unless the batch is small."""
-SMALL = 8
+SMALL = 32
 """A batch of less than 1/SMALL of the tokens that may go through at once is filled up whatever its padding: it costs
 little, and many small passes cost more."""
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import orjson
 import pyarrow as pa
 
-from scorers.base import ColumnsSpec, MapSpec, Score
+from scorers.base import ColumnsSpec, MapSpec, Score, Staged
 from storage.schema import Column
 
 TYPES = {"double": pa.float64(), "bigint": pa.int64(), "varchar": pa.string(), "boolean": pa.bool_()}
@@ -21,13 +21,14 @@ class Planted(MapSpec):
     field: str
     type: Literal["double", "bigint", "varchar", "boolean"] = "double"
     good: Literal["high", "low", "unknown"] = "unknown"
+    unit: str = ""
 
     reads: ClassVar[tuple[str, ...]] = ("metadata",)
 
     @property
     def columns(self) -> tuple[Column, ...]:
         good = {"high": True, "low": False, "unknown": None}[self.good]
-        return (Column("value", TYPES[self.type], "planted", higher_is_better=good),)
+        return (Column("value", TYPES[self.type], "planted", self.unit, good),)
 
     def build(self, device: str = "cpu") -> Score:
         def score(documents: pa.RecordBatch) -> pa.RecordBatch:
@@ -41,6 +42,18 @@ class Planted(MapSpec):
             return pa.record_batch([pa.array(values, TYPES[self.type])], names=["value"])
 
         return score
+
+
+class Halves(Planted):
+    """Planted in two halves, of which `half` does the work."""
+
+    half: Literal["prepare", "finish"] = "prepare"
+
+    batch_rows: ClassVar[int] = 3
+
+    def build(self, device: str = "cpu") -> Staged[pa.RecordBatch]:
+        whole = super().build(device)
+        return Staged(whole, lambda scores: scores) if self.half == "prepare" else Staged(lambda batch: batch, whole)
 
 
 class Twice(ColumnsSpec):

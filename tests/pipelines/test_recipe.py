@@ -211,6 +211,14 @@ def test_what_leaves_documents_out_is_known_through_rules_and_arithmetic_whereve
     ]
 
 
+def test_arithmetic_wants_its_inputs_in_one_unit():
+    color = '[scores.color]\nscorer = "color_filter"\ninputs = { prior = "quality", conditional = "gopher.n_words" }\n'
+    assert problems(GOOD + color) == [
+        "scores.color.inputs.prior: quality.value is in no unit, and nats/token is needed; name another column",
+        "scores.color.inputs.conditional: gopher.n_words is in words, and nats/token is needed; name another column",
+    ]
+
+
 @pytest.mark.parametrize("inputs", ['{ x = "gopher" }', '{ x = "gopher.n_wrds" }', '{ x = "gofer.n_words" }'])
 def test_inputs_name_columns(inputs):
     [problem] = problems(GOOD + f'[scores.twice]\nscorer = "planted:Twice"\ninputs = {inputs}\n')
@@ -293,9 +301,8 @@ def test_a_recipe_survives_json(tmp_path):
     data["scores"] |= {
         f"{n}_": {"scorer": n} | p for n, p in scorer_parameters(tmp_path).items() if n != "color_filter"
     }
-    data["scores"]["color"] = {"scorer": "color_filter"} | {
-        "inputs": {"prior": "gopher.n_words", "conditional": "quality"}
-    }
+    losses = {"prior": "language_model_.nats_per_token", "conditional": "language_model_.nats_per_token"}
+    data["scores"]["color"] = {"scorer": "color_filter", "inputs": losses}
     data["rules"]["clean"]["signals"] = "gopher"
     data["scores"]["language_model_"].pop("where")
     data["mixtures"]["curve"] = {"tokens": "n_bytes", "copies": "2", "best": {"quality.value": 0.1}, "holdout": 0.1}

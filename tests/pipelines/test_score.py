@@ -1,12 +1,17 @@
 """Scores: coverage widens by the missing rows alone, tables follow their documents, shards fail alone."""
 
 import re
+from threading import Event
+from threading import enumerate as enumerate_threads
 
 import planted
+import pyarrow as pa
 import pytest
 
 from pipelines.ingest import register
 from pipelines.run import Incomplete
+from pipelines.score import scored
+from scorers.base import Staged
 from storage.errors import RecipeError, ShardError
 from storage.sources import list_files
 
@@ -143,9 +148,12 @@ def test_null_is_computed_and_stays_null(job):
     ("value", "said"),
     [("nan", "NaN or infinity in 'value'"), ("short", "3 rows for 4 documents"), ("bug", "ZeroDivisionError")],
 )
-def test_a_shard_that_breaks_the_contract_fails_alone_and_the_next_run_completes(pool, value, said):
+@pytest.mark.parametrize("halves", [{}, {"half": "prepare"}, {"half": "finish"}])
+def test_a_shard_that_breaks_the_contract_fails_alone_and_the_next_run_completes(pool, value, said, halves):
     pool.write("pool/b.jsonl", rows(8, bad=lambda n: value if n == 6 else n)[4:])
-    recipe = pool.recipe(scores={"x": score("bad"), "after": score("n", where="x.value IS NULL OR true")})
+    bad = score("bad") | ({"scorer": "planted:Halves"} | halves if halves else {})
+    said = said.replace("3 rows for 4", "2 rows for 3") if halves else said  # in batches of 3 and 1
+    recipe = pool.recipe(scores={"x": bad, "after": score("n", where="x.value IS NULL OR true")})
     with pytest.raises(Incomplete, match=re.escape(said)) as caught:
         pool.run(recipe)
     assert re.search(r"x: 1 shards failed, the others are done; mend the cause and run again", str(caught.value))
@@ -157,6 +165,27 @@ def test_a_shard_that_breaks_the_contract_fails_alone_and_the_next_run_completes
     pool.write("pool/b.jsonl", rows(8, bad=lambda n: n)[4:])
     assert counted(pool.run(recipe), "x") == (4, 2)
     assert values(pool, "x") == {4: 4, 5: 5, 6: 6, 7: 7} | dict.fromkeys([0, 1, 2, 3, 8, 9, 10, 11])
+
+
+def test_a_batch_is_prepared_while_the_last_one_is_finished():
+    batches = [pa.record_batch({"n": [n]}) for n in range(4)]
+    begun = [Event() for _ in batches]
+
+    def prepare(batch: pa.RecordBatch) -> int:
+        n = batch["n"][0].as_py()
+        begun[n].set()
+        return n
+
+    def finish(n: int) -> pa.RecordBatch:
+        assert n == 3 or begun[n + 1].wait(30)  # forever, if one thread did both
+        return batches[n]
+
+    assert [n["n"][0].as_py() for _, n in scored(lambda: Staged(prepare, finish), iter(batches))] == [0, 1, 2, 3]
+    early = scored(lambda: Staged(prepare, finish), iter(batches))
+    next(early)
+    early.close()
+    assert not [thread for thread in enumerate_threads() if thread.name.startswith("prepare")]
+    assert list(scored(lambda: 1 / 0, iter([]))) == []  # nothing to score loads no model
 
 
 def test_what_reads_an_unfinished_table_is_refused_by_name(pool):
@@ -177,7 +206,11 @@ def test_color_filter_over_planted_losses(job):
     job.write("pool/a.jsonl", rows(4, p=lambda n: prior[n], c=lambda n: conditional[n]))
     color = {"scorer": "color_filter", "inputs": {"prior": "p", "conditional": "c.value"}}
     recipe = job.recipe(
-        scores={"p": score("p"), "c": score("c", where="CAST(metadata->>'n' AS INT) < 3"), "color": color}
+        scores={
+            "p": score("p", unit="nats/token"),
+            "c": score("c", unit="nats/token", where="CAST(metadata->>'n' AS INT) < 3"),
+            "color": color,
+        }
     )
     done = job.run(recipe)
     found = job.ask("SELECT color.computed, color.score FROM corpus ORDER BY doc_id")

@@ -1,4 +1,4 @@
-"""CoLoR-Filter: the sign of the authors' code, NULL where a loss is, and what a recipe must name."""
+"""CoLoR-Filter: the sign of the authors' code, its variants, NULL where a loss is, what a recipe must name."""
 
 import pickle
 
@@ -31,12 +31,28 @@ def test_null_where_a_loss_is() -> None:
     assert ColorFilter(inputs=INPUTS).build()(losses([], [])).num_rows == 0
 
 
+def test_the_roles_decide_the_variant() -> None:
+    conditional = pa.array([3.0, 3.5, None], pa.float32())
+    for role, expected in (("prior", [0.5, -1.5, None]), ("current", [0.5, -1.5, None]), (None, [-3.0, -3.5, None])):
+        other = {role: pa.array([3.5, 2.0, 1.0], pa.float32())} if role else {}
+        spec = ColorFilter(inputs={name: f"{name}.nats_per_token" for name in ("conditional", *other)})
+        batch = pa.record_batch({"conditional": conditional} | other)
+        assert spec.build()(batch)["score"].to_pylist() == expected
+
+
+def test_the_unit_is_that_of_its_inputs() -> None:
+    assert ColorFilter(inputs=INPUTS).unit == ColorFilter(inputs=INPUTS).columns[0].unit == "nats/token"
+    whole = ColorFilter(inputs=INPUTS, per="sequence")
+    assert whole.unit == whole.columns[0].unit == "nats"
+    assert whole.fingerprint() != ColorFilter(inputs=INPUTS).fingerprint()
+
+
 def test_the_spec() -> None:
     spec = ColorFilter(inputs=INPUTS)
     [column] = spec.columns
     assert (column.name, column.higher_is_better) == ("score", True)
     assert spec.build()(losses([1.0], [1.0])).schema == pa.schema([pa.field("score", column.type)])
     assert pickle.loads(pickle.dumps(spec)) == spec == ColorFilter.model_validate_json(spec.model_dump_json())
-    for bad in ({"prior": "a.n"}, INPUTS | {"third": "b.n"}, {"prior": "a.n", "marginal": "b.n"}):
-        with pytest.raises(ValidationError, match="the two models"):
+    for bad in ({}, {"prior": "a.n"}, INPUTS | {"current": "b.n"}, {"prior": "a.n", "marginal": "b.n"}):
+        with pytest.raises(ValidationError, match="name the models"):
             ColorFilter(inputs=bad)
