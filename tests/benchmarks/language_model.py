@@ -33,15 +33,15 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from scorers.lm.reading import Tokens
-from scorers.lm.windows import batch_size, longest_first, windows
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from scorers.lm import definitions, forward
 from scorers.lm.forward import CausalLM, Predicted
+from scorers.lm.reading import Tokens
 from scorers.lm.tokenizer import load_tokenizer
+from scorers.lm.windows import batch_size, longest_first, windows
 
 SHAPES = {  # width, feed-forward, layers, heads, heads of keys, vocabulary, tied
     "tiny": (64, 192, 2, 4, 2, 4096, True),
