@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from scorers.hub import local
 from scorers.lm.tokenizer import load_pretrained, load_tokenizer
 from scorers.lm.training import Training
 from storage.errors import RecipeError
@@ -227,7 +228,7 @@ def _own(vocabulary: int, texts: str) -> tuple[Any, str]:
 
 def _given(path: str) -> tuple[Any, str]:
     """The tokenizer at `path` and its end-of-text token."""
-    target = Path(path)
+    target = Path(local(path))
     file = target / "tokenizer.json" if target.is_dir() else target
     if file.suffix == ".json" and file.exists():
         rust = load_tokenizer(path)

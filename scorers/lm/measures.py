@@ -181,7 +181,7 @@ class LanguageModel(MapSpec):
         return tuple(column for measure in self.measures for column, _ in self._values(measure))
 
     def problems(self) -> list[str]:
-        return super().problems() or ([] if self.trained else _model_problems(self.model))
+        return super().problems() or ([] if self.trained else model_problems("model", self.model))
 
     def build(self, device: str = "cpu") -> Staged[Prepared]:
         """Load model and tokenizer. RecipeError when they cannot be loaded or do not fit each other."""
@@ -275,17 +275,17 @@ def _percent(share: float) -> str:
     return f"{100 * share:.6f}".rstrip("0").rstrip(".").replace(".", "_")
 
 
-def _model_problems(path: str) -> list[str]:
-    """What a look at the file names can tell: is this a model whose weights we would load?"""
+def model_problems(field: str, path: str) -> list[str]:
+    """What a look at the file names can tell: is what `field` names a model whose weights we would load?"""
     try:
         gguf, folder = gguf_file(path), Path(local(path))
     except RecipeError as error:
-        return [f"model: {error}"]
+        return [f"{field}: {error}"]
     if gguf is not None:
         with gguf.open("rb") as file:
-            return [] if file.read(4) == b"GGUF" else [f"model: {str(gguf)!r} is no GGUF file; correct the path"]
+            return [] if file.read(4) == b"GGUF" else [f"{field}: {str(gguf)!r} is no GGUF file; correct the path"]
     if not (folder / "config.json").exists():
-        return [f"model: {path!r} has no config.json; name a Hugging Face model folder or a GGUF file"]
+        return [f"{field}: {path!r} has no config.json; name a Hugging Face model folder or a GGUF file"]
     if not any(folder.glob("*.safetensors")):
-        return [f"model: {path!r} has no *.safetensors; save the model with save_pretrained, or name a GGUF file"]
+        return [f"{field}: {path!r} has no *.safetensors; save the model with save_pretrained, or name a GGUF file"]
     return []

@@ -118,6 +118,12 @@ class Training(Parameters):
                 raise ValueError(f"{field} must hold a sequence of {sequence} tokens; raise it, or lower context")
         return self
 
+    def problems(self) -> list[str]:
+        from scorers.lm.measures import model_problems
+
+        told = super().problems()
+        return told if told or self.base is None or "base" in self.trained else model_problems("base", self.base)
+
 
 @dataclass(frozen=True)
 class Settings:

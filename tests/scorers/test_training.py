@@ -171,6 +171,15 @@ def test_what_does_not_go_together_is_told(given: dict[str, Any], told: str) -> 
         Training(**given)
 
 
+def test_a_base_without_weights_is_told_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (told,) = Training(base=str(tmp_path)).problems()
+    assert "base: " in told
+    assert "safetensors" in told
+    assert Training(base="models.prior").problems() == []
+    assert "no file or folder" in Training(size="1m", tokenizer=str(tmp_path / "x")).problems()[0]
+
+
 # the tokens
 
 
