@@ -273,10 +273,10 @@ def load_model(path: str, dtype: DType, *, remote_code: bool = False) -> Any:
             model, loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, struct.error, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise RecipeError(
-            f"no causal language model in {path!r} ({reason}); name a folder with config.json and safetensors, or a "
-            "GGUF file"
-        ) from error
+        remedy = "name a folder with config.json and safetensors, or a GGUF file"
+        if "trust_remote_code" in str(error):
+            reason, remedy = "it needs its owner's code", "remote_code = true runs that, if you trust it"
+        raise RecipeError(f"no causal language model in {path!r} ({reason}); {remedy}") from error
     if missing := sorted(loaded["missing_keys"]) + sorted(str(m) for m in loaded["mismatched_keys"]):
         raise RecipeError(f"{path!r} lacks weights of its model: {', '.join(missing[:5])}; complete the folder")
     return model

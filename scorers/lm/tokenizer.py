@@ -82,8 +82,11 @@ def load_pretrained(path: str, *, remote_code: bool = False) -> Any:
                     str(gguf.parent), gguf_file=gguf.name, local_files_only=True
                 )
     except (OSError, ValueError, LookupError, TypeError, struct.error) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RecipeError(f"no tokenizer in {path!r} ({reason}); name a model's folder or a GGUF file") from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        remedy = "name a model's folder or a GGUF file"
+        if "trust_remote_code" in str(error):
+            reason, remedy = "it needs its owner's code", "remote_code = true runs that, if you trust it"
+        raise RecipeError(f"no tokenizer in {path!r} ({reason}); {remedy}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise RecipeError(f"the tokenizer in {path!r} runs only in Python; convert it to a tokenizer.json")
     tokenizer.backend_tokenizer.no_padding()

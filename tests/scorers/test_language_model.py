@@ -35,6 +35,7 @@ from transformers import (
 from scorers.lm import forward
 from scorers.lm.forward import CausalLM
 from scorers.lm.measures import LanguageModel, Measure
+from scorers.lm.statistics import Statistic
 from scorers.lm.tokenizer import load_tokenizer
 from scorers.lm.windows import batch_size, windows
 from storage.errors import RecipeError, ShardError
@@ -306,15 +307,11 @@ def test_every_measure_is_its_definition(model_dir: str) -> None:
     assert scores["lowercase_ratio"][0] != 1
 
 
-def test_one_pass_gives_what_single_passes_give(model_dir: str) -> None:
-    together = score(LanguageModel(model=model_dir, measures=EVERY), TEXTS)
-    alone: dict[str, list[Any]] = {}
-    for measure in EVERY:
-        alone |= score(LanguageModel(model=model_dir, measures=(measure,)), TEXTS)
-    assert list(together) == list(alone)
-    for name in together:
-        for one, other in zip(together[name], alone[name], strict=True):
-            assert one == (other if other is None else pytest.approx(other, rel=1e-4)), name
+def test_one_pass_gives_what_single_passes_give(llama_dir: str) -> None:
+    together = score(LanguageModel(model=llama_dir, measures=EVERY), TEXTS)
+    for measure in ("nats_per_token", "min_k_plus_plus", "lowercase_ratio", "token_entropy", "top_k_rank_loss"):
+        [(name, values)] = score(LanguageModel(model=llama_dir, measures=(measure,)), TEXTS).items()
+        assert together[name] == [v if v is None else pytest.approx(v, rel=1e-4) for v in values]
 
 
 def test_a_grid_gives_a_column_for_each(llama_dir: str) -> None:
@@ -329,8 +326,7 @@ def test_a_grid_gives_a_column_for_each(llama_dir: str) -> None:
     assert [c.name for c in quantiles.columns] == ["loss_q0", "loss_q25", "loss_q99_9"]
 
 
-def test_logits_that_are_more_than_the_output_embedding(rust: Tokenizer, tmp_path: Path) -> None:
-    """Gemma 2 caps its logits; the shortcut past the model's own head must notice."""
+def gemma(rust: Tokenizer, folder: Path, **more: Any) -> str:
     torch.manual_seed(3)
     config = Gemma2Config(
         vocab_size=rust.get_vocab_size(),
@@ -341,12 +337,32 @@ def test_logits_that_are_more_than_the_output_embedding(rust: Tokenizer, tmp_pat
         num_key_value_heads=1,
         head_dim=16,
         max_position_embeddings=POSITIONS,
-        final_logit_softcapping=2.0,
         initializer_range=0.3,
+        **more,
     )
-    path = save(tmp_path / "gemma", Gemma2ForCausalLM(config), rust, bos=False)
-    [found] = CausalLM(path, bos=None)([SENTENCE])
+    return save(folder, Gemma2ForCausalLM(config), rust, bos=False)
+
+
+STATISTICS: tuple[Statistic, ...] = ("entropy", "z_score", "el2n", "rank")
+
+
+def test_logits_that_are_more_than_the_output_embedding(rust: Tokenizer, tmp_path: Path) -> None:
+    """Gemma 2 caps its logits; the shortcut past the model's own head must notice."""
+    path = gemma(rust, tmp_path / "gemma", final_logit_softcapping=2.0)
+    [found] = CausalLM(path)([SENTENCE], STATISTICS)
     np.testing.assert_allclose(found.log_probs, reference(path, rust.encode(SENTENCE).ids), rtol=1e-4)
+    assert found.statistics["entropy"].min() > math.log(rust.get_vocab_size()) - 4  # logits within 2 of each other
+
+
+def test_both_ways_to_the_logits_give_the_same(rust: Tokenizer, tmp_path: Path) -> None:
+    """A cap so high that it changes no more than the last bits sends the same model through its own head."""
+    for tied in (True, False):
+        direct = gemma(rust, tmp_path / f"direct{tied}", final_logit_softcapping=None, tie_word_embeddings=tied)
+        capped = gemma(rust, tmp_path / f"capped{tied}", final_logit_softcapping=1e4, tie_word_embeddings=tied)
+        [one], [other] = (CausalLM(path)([SENTENCE], STATISTICS) for path in (direct, capped))
+        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-4)
+        for name in STATISTICS:
+            np.testing.assert_allclose(one.statistics[name], other.statistics[name], rtol=1e-3, atol=1e-4)
 
 
 def test_block_size_does_not_matter(model_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,10 +392,71 @@ def test_out_of_memory_halves_the_batch(gpt2_dir: str) -> None:
         model([SENTENCE])
 
 
+def test_what_no_model_can_read_is_null(llama_dir: str) -> None:
+    model = CausalLM(llama_dir)
+    alone, between = model(["fine"]), model(["a\ud800", "fine", ""])
+    assert between[0] is None
+    assert between[1].log_probs == pytest.approx(alone[0].log_probs)
+    assert between[2].log_probs.size == 0
+    assert model.predict([]) == model([]) == []
+
+
+def test_a_model_that_predicts_nothing_finite_is_null_everywhere(rust: Tokenizer, tmp_path: Path) -> None:
+    broken = llama(rust)
+    with torch.no_grad():
+        broken.model.layers[0].mlp.up_proj.weight.fill_(math.nan)
+    found = score(LanguageModel(model=save(tmp_path, broken, rust, bos=True), measures=EVERY), [SENTENCE])
+    assert {name for name, [value] in found.items() if value is not None} == {"n_tokens"}
+
+
+def test_padding_is_counted(llama_dir: str) -> None:
+    model = CausalLM(llama_dir)
+    assert model.padding == 0
+    model([SENTENCE] * 3)
+    assert (model.padding, model.places) == (0, model.fed)
+    n = model.places // 3
+    model([SENTENCE, SENTENCE[:-1]])
+    assert model.fed == 4 * n + len(model.tokenize([SENTENCE[:-1]])[0].ids) < model.places == 5 * n
+    assert model.padding == 1 - model.fed / model.places
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MillConfig(LlamaConfig):
+    model_type = "mill"
+
+class MillForCausalLM(LlamaForCausalLM):
+    config_class = MillConfig
+"""
+
+
+def test_code_of_the_models_owner_runs_only_where_the_recipe_says_so(
+    rust: Tokenizer, llama_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers.dynamic_module_utils
+
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    path = save(tmp_path / "mill", llama(rust), rust, bos=True)
+    config = json.loads(Path(path, "config.json").read_text())
+    names = {"AutoConfig": "mill.MillConfig", "AutoModelForCausalLM": "mill.MillForCausalLM"}
+    Path(path, "config.json").write_text(json.dumps(config | {"model_type": "mill", "auto_map": names}))
+    Path(path, "mill.py").write_text(OWN_CODE)
+    with pytest.raises(RecipeError, match="remote_code = true"):
+        LanguageModel(model=path).build()
+    trusted = LanguageModel(model=path, measures=ALL, remote_code=True)
+    assert score(trusted, [SENTENCE]) == score(LanguageModel(model=llama_dir, measures=ALL), [SENTENCE])
+    assert trusted.fingerprint() != LanguageModel(model=path, measures=ALL).fingerprint()
+
+
 def test_bfloat16_is_near_float32(llama_dir: str) -> None:
-    exact, rough = (score(LanguageModel(model=llama_dir, dtype=d), [SENTENCE]) for d in ("float32", "bfloat16"))
+    exact, rough = (
+        score(LanguageModel(model=llama_dir, dtype=d, measures=EVERY, top_k=100), [SENTENCE])
+        for d in ("float32", "bfloat16")
+    )
     assert rough != exact
-    assert rough["bits_per_byte"][0] == pytest.approx(exact["bits_per_byte"][0], rel=0.05)
+    for name in exact:
+        assert rough[name][0] == pytest.approx(exact[name][0], rel=0.05), name
 
 
 def write_gguf(path: Path, model: LlamaForCausalLM, rust: Tokenizer) -> str:
@@ -475,6 +552,9 @@ def test_a_model_that_does_not_load_says_why(rust: Tokenizer, llama_dir: str, tm
     with pytest.raises(RecipeError, match="more tokens than the model"):
         LanguageModel(model=str(misfit)).build()
 
+    for context in (0, 1):
+        with pytest.raises(RecipeError, match=f"context = {context} leaves no token to predict"):
+            CausalLM(llama_dir, context=context)
     with pytest.raises(RecipeError, match=f"more than the model's {POSITIONS} positions"):
         LanguageModel(model=llama_dir, context=POSITIONS + 1).build()
     (tmp_path / "text.gguf").write_text("no model")
@@ -515,7 +595,21 @@ def test_the_spec(llama_dir: str, tmp_path: Path) -> None:
         {"remote_code": True},
     ):
         assert spec.model_copy(update=change).fingerprint() != same
-    for bad in ({"measures": ()}, {"measures": ("min_k", "min_k")}, {"context": 0}, {"k": 0.0}, {"min_k": 1}):
+    for field, value in {"k": 0.1, "quantiles": (0.5,), "top_k": 5, "outside_top_k": "zero"}.items():
+        with pytest.raises(ValidationError, match=f"{field}: of use to"):
+            LanguageModel(model=llama_dir, **{field: value})
+    with pytest.raises(ValidationError, match="min_k_10 would be there twice"):
+        LanguageModel(model=llama_dir, measures=("min_k",), k=(0.1, 0.1))
+    for bad in (
+        {"context": 8, "stride": 9},
+        {"context": 1},
+        {"stride": 0},
+        {"measures": ()},
+        {"measures": ("min_k", "min_k")},
+        {"context": 0},
+        {"k": 0.0},
+        {"min_k": 1},
+    ):
         with pytest.raises(ValidationError):
             LanguageModel(model=llama_dir, **bad)
 
