@@ -41,10 +41,14 @@ class Item:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What steps 1 and 2 leave: the scratch files, the cuts (as SQL and as numbers), tokens and documents by group."""
+    """What steps 1 and 2 leave: the scratch files, the cuts (as SQL and as numbers), tokens and documents by group.
+
+    `evaluated` is the SQL of all scratch files, `within` that of the candidates in them, with the cuts applied.
+    """
 
     items: list[Item]
     scratch: Path
+    evaluated: str
     within: str
     cuts: Mapping[str, float | None]
     totals: pa.Table
@@ -85,7 +89,7 @@ def chosen(run: Run, name: str, seed: int) -> Iterator[Chosen]:
             totals = space.read(sql("totals")).read_all()
             pq.write_table(space.read("FROM choices ORDER BY doc_id").read_all(), scratch / "choices.parquet")
         frozen = {column.sql: cut for (column, _, _), cut in zip(selected.best, cuts, strict=True)}
-        yield Chosen(items, scratch, _within(selected, cuts), frozen, totals)
+        yield Chosen(items, scratch, evaluated, _within(selected, cuts), frozen, totals)
 
 
 def make_candidates(
@@ -105,6 +109,8 @@ def make_candidates(
                 raise RecipeError(
                     f"{_place(graph, name)}.{field}: below 0 or infinite for some document; mend it there"
                 )
+        if not pc.all(pc.is_finite(running.column("ordered")), min_count=0).as_py():
+            raise RecipeError(f"{_place(graph, name)}.order_by: infinite or NaN for some document; mend it there")
         lost = table.filter(pc.equal(table.column("dropped"), "unscored"))
         flags = [flag for flag in table.column_names if flag.startswith("?")]
         waiting = Counter({flag[1:]: pc.sum(lost.column(flag), min_count=0).as_py() for flag in flags})
@@ -120,7 +126,8 @@ def _candidates(graph: Graph, name: str, seed: int) -> tuple[str, dict[str, set[
     needed = closure(graph, selected.references | _computed(selected) | {(None, "text_hash")})
     keep = selected.unscored == "keep"
     # (expression, whether a document that was not scored for it can be kept)
-    required = [(selected.where, keep), (selected.tokens, False), (selected.copies, False)]
+    order_by = selected.order_by[0] if selected.order_by else None
+    required = [(selected.where, keep), (selected.tokens, False), (selected.copies, False), (order_by, keep)]
     missing = [
         sql("missing_or_kept" if kept else "missing", value=expression.sql, scored=_scored(expression))
         for expression, kept in required
@@ -143,6 +150,7 @@ def _candidates(graph: Graph, name: str, seed: int) -> tuple[str, dict[str, set[
         cluster=selected.one_per.sql if selected.one_per else "NULL::BIGINT",
         clustered=f'"{sparse}" IS NOT NULL' if sparse else str(selected.one_per is not None).lower(),
         prefer=selected.prefer[0].sql if selected.prefer else "NULL::BIGINT",
+        order_by=order_by.sql if order_by else "NULL::BIGINT",
         copies=selected.copies.sql if selected.copies else "1.0",
         best="".join(
             f"CAST({column.sql} AS DOUBLE) AS best_{i}, {keep} AND NOT ({_scored(column)}) AS free_{i},\n"

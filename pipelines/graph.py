@@ -71,7 +71,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Selected:
-    """A selection with its expressions checked. `best` and `prefer` carry True where the high end is good."""
+    """A selection with its expressions checked. `best`, `prefer`, `order_by`: True where the high end is good."""
 
     tokens: Expression
     group: Expression
@@ -82,12 +82,12 @@ class Selected:
     prefer: tuple[Expression, bool] | None
     holdout: float
     copies: Expression | None = None
+    order_by: tuple[Expression, bool] | None = None
 
     @property
     def references(self) -> set[tuple[str | None, str]]:
         parts = [self.tokens, self.group, self.where, self.one_per, self.copies, *(b[0] for b in self.best)]
-        if self.prefer:
-            parts.append(self.prefer[0])
+        parts += [ordered[0] for ordered in (self.prefer, self.order_by) if ordered]
         return {reference for part in parts if part for reference in part.references}
 
 
@@ -400,12 +400,11 @@ class Graph:
                     f"{place}.group_by: {mixture.group_by!r}, but weights.{mixture.weights} weighs "
                     f"{weights.group_by!r}; make them equal"
                 )
-        if mixture.copies is not None and (mixture.weights is not None or mixture.max_epochs is not None):
-            self._problems.append(f"{place}.copies: replaces weights and max_epochs; leave those out")
-        elif mixture.budget_tokens is None and (mixture.weights is not None or mixture.max_epochs is not None):
-            self._problems.append(
-                f"{place}.budget_tokens: weights and max_epochs share out a budget; say how many tokens"
-            )
+        shares = [field for field in ("weights", "max_epochs", "order_by") if getattr(mixture, field) is not None]
+        if mixture.copies is not None and shares:
+            self._problems.append(f"{place}.copies: replaces weights, max_epochs and order_by; leave those out")
+        elif mixture.budget_tokens is None and shares:
+            self._problems.append(f"{place}.budget_tokens: {shares[0]} shares out a budget; say how many tokens")
 
     def _selection(self, place: str, selection: Selection) -> Selected | None:
         tokens = self._expression(f"{place}.tokens", selection.tokens)
@@ -420,12 +419,14 @@ class Graph:
             if ordered:
                 best.append((*ordered, fraction))
         prefer = self._order(f"{place}.prefer", selection.prefer) if selection.prefer is not None else None
+        order = getattr(selection, "order_by", None)
+        order_by = self._order(f"{place}.order_by", order) if order is not None else None
         if selection.prefer is not None and selection.one_per is None:
             self._problems.append(f"{place}.prefer: chooses within a cluster; say which with one_per")
         if tokens is None or group is None:
             return None
         return Selected(
-            tokens, group, where, selection.unscored, tuple(best), one_per, prefer, selection.holdout, curve
+            tokens, group, where, selection.unscored, tuple(best), one_per, prefer, selection.holdout, curve, order_by
         )
 
     def _expression(self, place: str, text: str) -> Expression | None:

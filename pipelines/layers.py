@@ -127,6 +127,7 @@ def check_types(graph: "Graph") -> Iterator[str]:
         wanted += [("one_per", selected.one_per, "")] if selected.one_per else []
         wanted += [("prefer", selected.prefer[0], "")] if selected.prefer else []
         wanted += [("copies", selected.copies, "number")] if selected.copies else []
+        wanted += [("order_by", selected.order_by[0], "number")] if selected.order_by else []
         wanted += [("best", column, "number") for column, _, _ in selected.best]
         for field, expression, kind in wanted:
             if not broken.intersection(entry for entry, _ in expression.references if entry):

@@ -2,7 +2,8 @@
 
     choose   pipelines.choose: which documents are in the running
     totals   once: tokens per group -> weights -> epochs under the cap
-    draw     per shard, on workers: copies by a hash draw; aligned with the documents, like a score
+    cuts     once, with order_by: where the best until the budget end
+    draw     per shard, on workers: copies by a hash draw, or by the cuts; aligned with the documents, like a score
 
 The mixture's record keeps what each step dropped, the cuts, the budget, and what is left of it.
 """
@@ -22,7 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines.choose import Item, chosen, sections, sql
+from pipelines.best_first import best_first
+from pipelines.choose import Chosen, Item, chosen, sections, sql
 from pipelines.execute import Resources
 from pipelines.run import Counts, Run, wanted
 from scorers.domains import weights as weighers
@@ -82,6 +84,7 @@ def mix(run: Run, name: str) -> Counts:
     """Make one [mixtures.x] entry: its table, its record, its lines in the book `weights`."""
     lake, graph = run.lake, run.graph
     mixture, table = graph.recipe.mixtures[name], graph.mixture_table(name)
+    ordered = graph.selections[name].order_by
     if mixture.weights is not None:
         weigh(run, mixture.weights)
     with lake.locked(table, run.who):
@@ -95,10 +98,10 @@ def mix(run: Run, name: str) -> Counts:
             return {**record["totals"], "reused": True}
         with chosen(run, name, graph.seed(name)) as found:
             weights, epochs, plan = _epochs(run, name, found.totals)
-            groups = found.totals.column("group").to_pylist()
-            multiples = pa.table({"group": pa.array(groups, pa.string()), "epochs": epochs})
-            holdout = graph.selections[name].holdout
-            make = partial(make_draw, holdout, found.within, lake.data, table, str(found.scratch), multiples)
+            multiples, order = best_first(run, name, found, epochs) if ordered else _plain(found, epochs)
+            before = sql("before", better=">" if ordered and ordered[1] else "<")
+            holdout, scratch = graph.selections[name].holdout, str(found.scratch)
+            make = partial(make_draw, holdout, found.within, before, lake.data, table, scratch, multiples)
             drawn: list[tuple[Item, Drawn]] = []
             run.progress.begin(f"{name}: draw", sum(item.rows for item in found.items), "documents")
             failed = len(run.failed)
@@ -113,7 +116,12 @@ def mix(run: Run, name: str) -> Counts:
             for group, (count, amount) in result.taken.items():
                 taken[group] += count
                 tokens[group] += amount
+        groups = found.totals.column("group").to_pylist()
+        available = found.totals.column("tokens").to_numpy()
         expected = round(float(np.nan_to_num(found.totals.column("curved").to_numpy().astype(float) * epochs).sum()))
+        if ordered:  # nothing is left to chance
+            expected = tokens.total()
+            epochs = np.array([tokens[group] for group in groups]) / np.maximum(available, 1)
         totals = {
             "documents": sum(shard.rows for shard in documents.values()),
             "dropped": dict(sorted(dropped.items())),
@@ -124,8 +132,12 @@ def mix(run: Run, name: str) -> Counts:
             "expected_tokens": expected,
             "unspent_tokens": max(0, mixture.budget_tokens - expected) if mixture.budget_tokens else None,
         }
-        record = {"key": key, "seed": graph.seed(name), "cuts": dict(found.cuts), **plan, "totals": totals}
-        natural = found.totals.column("tokens").to_numpy() / max(1, sum(found.totals.column("tokens").to_pylist()))
+        if ordered:  # the selection ratio, as CoLoR-Filter has it: what there was for each that was taken
+            there = pc.sum(found.totals.column("documents")).as_py()
+            totals["tau"] = round(int(available.sum()) / expected, 6) if expected else None
+            totals["tau_documents"] = round(there / taken.total(), 6) if taken.total() else None
+        record = {"key": key, "seed": graph.seed(name), "cuts": dict(found.cuts), **plan, **order, "totals": totals}
+        natural = available / max(1, int(available.sum()))
         columns = [found.totals.column(c).to_pylist() for c in ("group", "documents", "tokens")]
         columns += [natural.tolist(), weights.tolist(), epochs.tolist()]
         columns += [[taken[group] for group in groups], [tokens[group] for group in groups]]
@@ -145,11 +157,18 @@ def current(run: Run, name: str) -> bool:
 
 
 def make_draw(
-    holdout: float, within: str, data: str, table: str, scratch: str, epochs: pa.Table, resources: Resources
+    holdout: float,
+    within: str,
+    before: str,
+    data: str,
+    table: str,
+    scratch: str,
+    epochs: pa.Table,
+    resources: Resources,
 ) -> Callable[[Item], Drawn]:
-    """Step 4 on one shard: the shard of the mixture. `within` is the SQL that applies the cuts."""
+    """Step 4 on one shard: the shard of the mixture. `within` and `before` are the SQL that applies the cuts."""
     chosen = sql("chosen", holdout=holdout)
-    query = f"WITH candidates AS ({within}), chosen AS ({chosen}) {sql('draw')}"
+    query = f"WITH candidates AS ({within}), chosen AS ({chosen}) {sql('draw', before=before)}"
 
     def draw(item: Item) -> Drawn:
         evaluated = pq.read_table(Path(scratch, f"{item.shard}.parquet"))
@@ -191,6 +210,13 @@ def _epochs(run: Run, name: str, totals: pa.Table) -> tuple[np.ndarray, np.ndarr
         return weights, np.full(len(groups), 1.0), plan
     max_epochs = mixture.max_epochs or 1.0
     return weights, weighers.epochs(weights, tokens, budget, max_epochs), {**plan, "max_epochs": max_epochs}
+
+
+def _plain(found: Chosen, epochs: np.ndarray) -> tuple[pa.Table, dict[str, Any]]:
+    """What a draw goes by: how often the documents of a group are taken in the mean; groups without weight are out."""
+    group, there = found.totals.column("group"), pa.array(epochs > 0)
+    nothing = pa.nulls(len(group), pa.int64())
+    return pa.table({"group": group, "epochs": epochs, "cut": nothing, "cut_id": nothing}).filter(there), {}
 
 
 def _named(run: Run, mixture: str, name: str, groups: list[str]) -> tuple[np.ndarray, dict[str, Any]]:

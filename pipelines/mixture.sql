@@ -13,6 +13,7 @@ SELECT
     {cluster} AS cluster,
     {clustered} AS clustered,
     {prefer} AS prefer,
+    {order_by} AS ordered,
     CAST({copies} AS DOUBLE) AS curve,
     {best}
     {flags}
@@ -53,7 +54,13 @@ FROM ranked JOIN keys USING (cluster)
 ORDER BY doc_id
 
 -- [totals] per group what there is to take, over `chosen`: the candidates after all choices
-SELECT "group", count(*) AS documents, CAST(sum(tokens) AS BIGINT) AS tokens, sum(tokens * curve) AS curved
+SELECT
+    "group",
+    count(*) AS documents,
+    CAST(sum(tokens) AS BIGINT) AS tokens,
+    sum(tokens * curve) AS curved,
+    min(ordered) AS low,
+    max(ordered) AS high
 FROM chosen WHERE dropped IS NULL GROUP BY "group" ORDER BY "group"
 
 -- [chosen] per shard or over all: candidates with what the choices dropped
@@ -67,17 +74,72 @@ SELECT
     h.instead
 FROM candidates c LEFT JOIN choices h ON c.doc_id = h.doc_id
 
+-- [rest] over `chosen`: what stands in an order, in blocks that have a budget each
+SELECT {block} AS block, ordered, doc_id, tokens FROM chosen WHERE dropped IS NULL
+
+-- [stretches] of the rest: tokens per stretch of values; what is left of a span is the stretch where the room ends
+-- Rounding keeps the order of values, so a stretch is all that lies between its ends. The quarters never overflow.
+WITH stretches AS (
+    SELECT
+        block,
+        room,
+        CASE WHEN ordered IS NOT NULL THEN coalesce(floor(
+            (CAST(ordered AS DOUBLE) / 4 - CAST(s.low AS DOUBLE) / 4)
+            / nullif(CAST(s.high AS DOUBLE) / 4 - CAST(s.low AS DOUBLE) / 4, 0) * {stretches}
+        ), 0) END AS stretch,
+        min(ordered) AS low,
+        max(ordered) AS high,
+        sum(tokens) AS tokens,
+        count(*) AS documents
+    FROM {rest} JOIN spans s USING (block)
+    GROUP BY block, room, stretch
+),
+added AS (
+    SELECT *, sum(tokens) OVER (PARTITION BY block ORDER BY stretch {direction} NULLS LAST) AS upto FROM stretches
+)
+SELECT block, low, high, CAST(room - (upto - tokens) AS BIGINT) AS room, documents
+FROM added WHERE upto > room
+QUALIFY row_number() OVER (PARTITION BY block ORDER BY stretch {direction} NULLS LAST) = 1
+
+-- [narrowed] the part of the rest that lies within the spans
+SELECT {rest}.* FROM {rest} JOIN spans USING (block)
+WHERE ordered BETWEEN low AND high OR (ordered IS NULL AND low IS NULL)
+
+-- [beyond] of each block the first document, in the order, that its room does not hold
+WITH added AS (
+    SELECT
+        {rest}.*,
+        room,
+        sum(tokens) OVER (
+            PARTITION BY block ORDER BY ordered {direction} NULLS LAST, doc_id ROWS UNBOUNDED PRECEDING
+        ) AS upto
+    FROM {rest} JOIN spans USING (block)
+)
+SELECT block, ordered AS cut, doc_id AS cut_id
+FROM added WHERE upto > room
+QUALIFY row_number() OVER (PARTITION BY block ORDER BY ordered {direction} NULLS LAST, doc_id) = 1
+
+-- [before] the cut of its group: where it is, a document is taken once more
+cut_id IS NOT NULL AND (
+    coalesce(ordered {better} cut, cut IS NULL AND ordered IS NOT NULL)
+    OR (ordered IS NOT DISTINCT FROM cut AND doc_id < cut_id)
+)
+
 -- [draw] per shard: taken floor(expected) times, and once more where the draw is below the fraction
 SELECT
     doc_id,
     c."group",
     tokens,
-    CASE WHEN dropped IS NULL THEN coalesce(epochs, 0.0) * curve ELSE 0.0 END AS expected,
+    CASE
+        WHEN dropped IS NULL AND epochs IS NOT NULL THEN (epochs + CASE WHEN {before} THEN 1 ELSE 0 END) * curve
+        ELSE 0.0
+    END AS expected,
     CAST(floor(expected) + CASE WHEN draw < expected - floor(expected) THEN 1 ELSE 0 END AS INTEGER) AS copies,
     CASE
         WHEN dropped IS NOT NULL THEN dropped
-        WHEN coalesce(epochs, 0.0) = 0 THEN 'no_weight'
-        WHEN expected = 0 THEN 'copies'
+        WHEN epochs IS NULL THEN 'no_weight'
+        WHEN curve = 0 THEN 'copies'
+        WHEN expected = 0 THEN 'budget'
         WHEN copies = 0 THEN 'draw'
     END AS dropped,
     instead

@@ -173,6 +173,8 @@ class Mixture(Selection):
     """The most often that a document may be taken, once when left out; budget that this leaves over is unspent."""
     copies: str | None = None
     """An expression for the expected number of copies of a document, instead of weights and epochs."""
+    order_by: str | None = None
+    """Take the best until the budget instead of drawing: an expression as in `prefer`, ties to the smallest id."""
     seed: int | None = None
     """Draws and holdout; the recipe's seed when left out."""
 

@@ -104,7 +104,8 @@ def macros(run: Run) -> dict[str, str]:
 def _explained(run: Run, mixture: str, table: str, there: set[str]) -> str:
     selected = run.graph.selections[mixture]
     where = selected.where.sql if selected.where else "true"
-    needed = ", ".join(part.sql for part in (selected.where, selected.tokens, selected.copies) if part)
+    order = selected.order_by[0] if selected.order_by else None
+    needed = ", ".join(part.sql for part in (selected.where, selected.tokens, selected.copies, order) if part)
     rules = sorted(there & {entry for entry, _ in selected.where.references if entry} if selected.where else set())
     reasons = "".join(f" || coalesce('; {rule}: ' || {q(rule)}.reason, '')" for rule in rules)
     detail = f"""CASE _m.dropped
@@ -116,6 +117,7 @@ def _explained(run: Run, mixture: str, table: str, there: set[str]) -> str:
         WHEN 'holdout' THEN 'held out of every mixture of this seed'
         WHEN 'no_weight' THEN 'group ' || _m."group" || ' has no weight'
         WHEN 'copies' THEN 'its number of copies is 0'
+        {f"WHEN 'budget' THEN {quote(f'the budget went to better ones by {order.sql}')}" if order else ""}
         WHEN 'draw' THEN 'expected copies ' || round(_m.expected, 4) || ', and its draw was not below the fraction'
     END"""
     references: set[Reference] = {(rule, "reason") for rule in rules} | {(None, "source"), (None, "url")}

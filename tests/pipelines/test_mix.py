@@ -10,14 +10,17 @@ from math import floor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import Job
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flows.watch import told
 from pipelines.mix import mix
 from pipelines.run import Incomplete, Run, perform, steps
 from pipelines.score import score
+from scorers.domains import weights as domain_weights
 from storage.errors import RecipeError
 
 CASES = {
@@ -35,7 +38,7 @@ def value(field: str, text: str) -> Any:
     kind = TYPES.get(field, "varchar")
     if kind == "varchar":
         return text
-    return text == "true" if kind == "boolean" else int(text)
+    return text == "true" if kind == "boolean" else float(text) if "." in text else int(text)
 
 
 def parsed(table: str) -> tuple[list[dict[str, Any]], Outcome]:
@@ -100,7 +103,7 @@ def test_golden(golden, law):
         name=f"case{number}",
         sources=[source(f"case{number}", f"{number}.jsonl")],
         scores={
-            name: {"scorer": "planted:Planted"} | entry | {"field": "_" + entry["field"]}
+            name: {"scorer": "planted:Planted"} | entry | {"field": "_" + entry["field"]} if "field" in entry else entry
             for name, entry in case.get("scores", {}).items()
         },
         weights={"share": case["weights"]} if "weights" in case else {},
@@ -115,6 +118,11 @@ def test_golden(golden, law):
     assert outcome == parsed(case["table"])[1]
     if "cuts" in case:
         assert {column: cut for column, cut in record["cuts"].items() if cut is not None} == case["cuts"]
+    if "cut" in case:
+        found = {block: value for block, (value, _) in record["first_left_out"].items()}
+        assert found == pytest.approx(case["cut"], rel=1e-6)
+    if "tau" in case:
+        assert record["totals"]["tau"] == case["tau"]
     if "unspent" in case:
         assert record["totals"]["unspent_tokens"] == case["unspent"]
     if "groups" in case:
@@ -361,6 +369,8 @@ def test_the_mixture_does_not_depend_on_files_shards_or_their_order(pool, tmp_pa
             "holdout": 0.2,
         },
         {"copies": "adopted.tokens / 70", "best": {"adopted.q DESC": 0.6}},
+        {"budget_tokens": 5000, "max_epochs": 3, "weights": None, "order_by": prefer},
+        {"budget_tokens": 3000, "order_by": prefer},
     ):
         given = weights if mixture.pop("weights", 0) is None else None
         one, two = (
@@ -368,8 +378,132 @@ def test_the_mixture_does_not_depend_on_files_shards_or_their_order(pool, tmp_pa
             for j, extra in ((pool, {}), (job, {"ingest": tables["ingest"]}))
         )
         assert one[0] == two[0]
+        for _, record in (one, two):
+            for end in record.get("first_left_out", {}).values():
+                end.pop()  # an id
         assert {**one[1], "key": ""} == {**two[1], "key": ""}
     job.lake.close()
+
+
+def in_order(records: Sequence[Mapping[str, Any]], descending: bool) -> list[Mapping[str, Any]]:
+    """Scored ones, best first; ties in the order of the file, which is that of the ids."""
+    scored = [record for record in records if record["q"] is not None]
+    return sorted(scored, key=lambda record: -record["q"] if descending else record["q"])
+
+
+def taken_by_hand(records: Sequence[Mapping[str, Any]], amount: int, descending: bool) -> dict[str, int]:
+    """The definition, in a plain loop: everything in whole rounds, then in order until one does not fit."""
+    ordered = in_order(records, descending)
+    total = sum(record["tokens"] for record in ordered)
+    taken = {record["text"]: amount // total for record in ordered}
+    left = amount % total
+    for record in ordered if left else ():
+        if record["tokens"] > left:
+            break
+        left -= record["tokens"]
+        taken[record["text"]] += 1
+    return {text: count for text, count in taken.items() if count}
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory) -> Iterator[Job]:
+    """As `pool`, in several shards, and with ties everywhere: q is one of few, some far away."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("pipelines.ingest.GROUP_BYTES", 1)
+    job = Job(tmp_path_factory.mktemp("tied"))
+    for number in range(4):
+        job.write(f"pool/{number}.jsonl", TIED[60 * number :][:60])
+    job.run(recipe_of(job), ("ingest",))
+    assert len(job.lake.shards(job.graph(recipe_of(job)).documents)) == 4
+    yield job
+    patch.undo()
+    job.lake.close()
+
+
+QS = [None, -1e308, -3.5, -0.0, 0.0, 0.1, 0.1 + 2**-54, 1 / 3, 2, 2, 2, 2, 2.5, 1e-310, 7e15, 1e308]
+TIED = [
+    planted(record | {"q": random.Random(n).choice(QS), "tokens": record["tokens"] * (n % 7 > 0), "n": n})
+    for n, record in enumerate(pool_of(240))
+]
+BY_TIED = {record["text"]: record for record in TIED}
+
+
+@settings(FEW, max_examples=8)
+@given(
+    st.integers(1, 60_000),
+    st.booleans(),
+    st.sampled_from([None, 0.5, 1.0, 2.0, 2.75]),
+    st.sampled_from([3, 10**6]),
+    st.sampled_from([3, 1000]),
+)
+def test_the_best_until_the_budget_are_those_of_a_plain_loop(tied, budget, descending, cap, few, stretches):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.best_first.SORTED", few)
+        patch.setattr("pipelines.best_first.STRETCHES", stretches)
+        order = f"adopted.q {'DESC' if descending else 'ASC'}"
+        outcome, record = mixed(tied, recipe_of(tied, budget_tokens=budget, max_epochs=cap, order_by=order))
+    scored = in_order(TIED, descending)
+    available = sum(record["tokens"] for record in scored)
+    amount = min(budget, floor((cap or 1.0) * available))
+    expected = taken_by_hand(TIED, amount, descending)
+    assert {text: count for text, count in outcome.items() if isinstance(count, int)} == expected
+    totals = record["totals"]
+    tokens = sum(BY_TIED[text]["tokens"] * count for text, count in expected.items())
+    assert totals["taken_tokens"] == totals["expected_tokens"] == tokens <= budget
+    assert totals["unspent_tokens"] == budget - tokens
+    assert totals["tau"] == (pytest.approx(available / tokens, abs=1e-6) if tokens else None)
+    assert totals["tau_documents"] == (pytest.approx(len(scored) / len(expected), abs=1e-6) if expected else None)
+    if amount % available:
+        [[value, _]] = record["first_left_out"].values()
+        left_out = next(record for record in scored if expected.get(record["text"], 0) == amount // available)
+        assert value == left_out["q"]
+    else:
+        assert record["first_left_out"] == {}
+
+
+@settings(FEW, max_examples=4)
+@given(
+    WEIGHTS, st.integers(1, 30_000), st.floats(1.0, 3.0), st.sampled_from([0.5, 1.0, 2.5]), st.sampled_from([3, 10**6])
+)
+def test_in_an_order_too_a_larger_budget_contains_a_smaller_one_and_each_group_has_its_share(
+    tied, weights, budget, factor, cap, few
+):
+    order = {"max_epochs": cap, "order_by": "adopted.q DESC"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.best_first.SORTED", few)
+        small, _ = mixed(tied, recipe_of(tied, weights, budget_tokens=budget, **order))
+        large, record = mixed(tied, recipe_of(tied, weights, budget_tokens=round(budget * factor), **order))
+    before, after = copies(small), copies(large)
+    assert all(before[text] <= after[text] for text in before)
+
+    budget = round(budget * factor)
+    assert record["totals"]["taken_tokens"] <= budget
+    if weights is None:
+        return
+    book = weights_book(tied)
+    groups = {group: [r for r in TIED if (r["topic"] or "(none)") == group and r["q"] is not None] for group in book}
+    tokens = np.array([book[group][1] for group in book], float)
+    epochs = domain_weights.epochs(np.array([row[3] for row in book.values()]), tokens, budget, cap)
+    for group, share in zip(groups, epochs * tokens, strict=True):
+        expected = taken_by_hand(groups[group], floor(share * (1 + 1e-12)), True) if share else {}
+        assert {r["text"]: after[r["text"]] for r in groups[group] if after[r["text"]]} == expected
+
+
+def test_explain_tells_what_the_budget_went_to(job):
+    job.write("pool/all.jsonl", POOL)
+    recipe = recipe_of(job, order_by="adopted.q DESC", budget_tokens=900)
+    counts = job.run(recipe).counts["main"]
+    explained = job.ask("SELECT copies, dropped, detail, expected FROM explain('main')")
+    assert Counter(row[1] for row in explained if row[1]) == counts["dropped"]
+    assert {row[1]: row[2] for row in explained} == {
+        None: None,
+        "null": "NULL: one of (adopted.tokens), (adopted.q)",
+        "budget": "the budget went to better ones by (adopted.q)",
+    }
+    assert all(copies == expected for copies, *_, expected in explained)
+    assert counts["tau"] > 1
+    assert "first_left_out" not in told(counts)
+    assert f"tau {counts['tau']}" in told(counts)
 
 
 def test_explain_accounts_for_every_document_once_and_mixture_is_what_was_taken(job):
