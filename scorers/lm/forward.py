@@ -197,7 +197,9 @@ class CausalLM:
         import torch
 
         tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+        if self._device.type == "cuda":
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor.to(self._device)
 
     def _head(self) -> tuple[Callable[..., "torch.Tensor"], int]:
         """How this model's logits are had, and how many tokens may go through it at once.
