@@ -74,6 +74,8 @@ def train(run: Run, name: str) -> Counts:
             texts = work / "texts.parquet"
             if not texts.exists():
                 _write_texts(run, learner, seed, texts)
+            # By itself, since the members of a gang that wait for tokens would give up after minutes.
+            run.executor.gang(partial(tokenize, model, str(texts), str(work)), gpu=False)
             with _watched(run, name, work / "log.jsonl"):
                 run.executor.gang(partial(fit, model, str(texts), str(work), str(out), seed))
         record = json.loads((out / "training.json").read_text())
@@ -89,6 +91,13 @@ def train(run: Run, name: str) -> Counts:
         lake.commit(books)
         shutil.rmtree(work, ignore_errors=True)
     return _told(record)
+
+
+def tokenize(model: Model, texts: str, work: str, resources: Resources) -> None:
+    """Lays the tokens of the texts beside them."""
+    from scorers.lm.corpus import prepare
+
+    prepare(model, texts, work, base=model.base, tokenizer=model.tokenizer)
 
 
 def fit(model: Model, texts: str, work: str, out: str, seed: int, resources: Resources) -> None:
@@ -177,15 +186,16 @@ def _asked(run: Run, learner: Learner) -> Iterator[LakeSpace]:
 @contextmanager
 def _watched(run: Run, name: str, log: Path) -> Iterator[None]:
     """Shows the progress that the trainer's log tells."""
+    log.unlink(missing_ok=True)  # of a run that was killed, perhaps in the middle of a line
     over = Event()
 
     def follow() -> None:
         begun, seen, lines = False, 0, 0
         while not over.wait(1.0):
-            written = log.read_text().splitlines()[lines:] if log.exists() else []
+            written = log.read_text().split("\n")[lines:-1] if log.exists() else []  # the last may be half a line
             for line in written:
-                said: Mapping[str, Any] = json.loads(line)
                 lines += 1
+                said: Mapping[str, Any] = json.loads(line)
                 if not begun:
                     run.progress.begin(name, said["tokens"] * said["steps"] // said["step"], "tokens")
                     begun = True

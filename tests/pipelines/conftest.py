@@ -39,7 +39,7 @@ class Job:
 
     def elsewhere(self, name: str) -> "Job":
         """The same sources with another lake."""
-        return Job(self.folder, name)
+        return Job(self.folder, name, self.executor)
 
     def write(self, path: str, records: Iterable[Mapping[str, Any] | str]) -> None:
         """A JSONL file; a text stands for the record {"text": it}."""
