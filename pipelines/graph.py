@@ -306,7 +306,8 @@ class Graph:
                 except QueryError as error:
                     self._problems += [f"models.{name}.query: {problem}" for problem in error.problems]
                 else:
-                    reads |= identifiers(model.query) & {*self.entries, *self.recipe.mixtures}
+                    named = {identifier.lower() for identifier in identifiers(model.query)}  # as SQL reads them
+                    reads |= named & {*self.entries, *self.recipe.mixtures}
             self.learners[name] = Learner(name, model, tuple(sorted(reads)))
 
     def reads(self, name: str) -> tuple[str, ...]:
@@ -325,8 +326,9 @@ class Graph:
         try:
             self.order = tuple(TopologicalSorter({name: self.reads(name) for name in names}).static_order())
         except CycleError as error:
-            circle = " -> ".join(error.args[1])
-            self._problems.append(f"scores: these wait for each other: {circle}")
+            circle = error.args[1]
+            table = "models" if set(circle) & set(self.learners) else "scores"
+            self._problems.append(f"{table}: these wait for each other: {' -> '.join(circle)}")
             return
         entries, self.entries = self.entries, {}
         for name in self.order:

@@ -132,6 +132,9 @@ def check_types(graph: "Graph") -> Iterator[str]:
         for field, expression, kind in wanted:
             if not broken.intersection(entry for entry, _ in expression.references if entry):
                 yield from _mistyped(graph, f"{place}.{field}", expression, kind)
+    for name, learner in graph.learners.items():
+        if learner.definition.query is not None and not broken.intersection(learner.reads):
+            yield from _unlearnable(graph, f"models.{name}.query", learner.definition.query, learner.reads)
 
 
 _KINDS = {
@@ -159,6 +162,34 @@ def _mistyped(graph: "Graph", place: str, expression: Expression, kind: str) -> 
         return
     if kind and not any(is_kind(found) for is_kind in _KINDS[kind]) and not pa.types.is_null(found):
         yield f"{place}: {expression.sql.strip('()').strip()!r} is of type {found}, no {kind}; {_REMEDY[kind]}"
+
+
+# What `mixture('name')` gives, without a row.
+_MIXTURE = """
+CREATE TEMP MACRO mixture(name) AS TABLE
+SELECT CAST(0 AS INTEGER) AS copies, '' AS "group", CAST(0 AS BIGINT) AS tokens, * FROM documents WHERE source = name;
+"""
+
+
+def _unlearnable(graph: "Graph", place: str, query: str, reads: Iterable[str]) -> Iterator[str]:
+    """Why the query of a model cannot give texts: it is bound over empty tables of what it reads."""
+    from storage.lake import run_sql
+
+    entries = [graph.entries[name] for name in reads if name in graph.entries]
+    references: set[Reference] = {(e.name, c) for e in entries for c in ("computed", *(c.name for c in e.columns))}
+    needed = closure(graph, references | {(None, column) for column in DOCUMENTS.names})
+    columns = ", ".join(_q(column) for column in (*DOCUMENTS.names, *(entry.name for entry in entries)))
+    corpus = f"SELECT {columns} FROM ({layered(graph, needed, 'shard')})"
+    tables = {"corpus": run_sql(corpus, shard=empty(graph, needed)), "documents": DOCUMENTS.empty_table()}
+    tables |= {entry.name: entry.schema.empty_table() for entry in entries}
+    wanted = query.strip().rstrip(";")
+    try:
+        found = run_sql(f"{_MIXTURE}SELECT * FROM (\n{wanted}\n) LIMIT 0", **tables).schema.names
+    except QueryError as error:
+        yield f"{place}: {str(error).partition('LINE ')[0].strip()}"
+        return
+    if "text" not in found:
+        yield f"{place}: gives no column text (it gives {', '.join(found)}); SELECT text FROM ..."
 
 
 def _flat(entry: str, column: str) -> str:

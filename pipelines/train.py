@@ -134,10 +134,6 @@ def _write_texts(run: Run, learner: Learner, seed: int, path: Path) -> None:
     place = f"models.{learner.name}"
     with _asked(run, learner) as space:
         columns = space.read("FROM asked LIMIT 0").schema.names
-        if "text" not in columns:
-            raise RecipeError(
-                f"{place}.query: gives no column text (it gives {', '.join(columns)}); SELECT text FROM ..."
-            )
         prompt = "CAST(prompt AS VARCHAR)" if "prompt" in columns else "NULL::VARCHAR"
         (lost,) = space.read("SELECT count(*) FROM asked WHERE text IS NULL").read_all().column(0).to_pylist()
         if lost and learner.definition.targets is not None:

@@ -136,7 +136,21 @@ def test_another_text_of_the_targets_gives_another_conditional(full):
         ({"models__prior__mixture": "best"}, "models.prior: name one of query, mixture and targets, not 2 of them"),
         ({"models__prior__query": "SELECT text FROM weights"}, "models.prior.query: no table 'weights'"),
         ({"models__prior__query": "COPY documents TO 'x'"}, "models.prior.query: COPY is not a query"),
-        ({"models__prior__query": "SELECT text FROM corpus WHERE color.score > 0"}, "these wait for each other"),
+        (
+            {"models__prior__query": "SELECT text FROM corpus WHERE color.score > 0"},
+            "models: these wait for each other",
+        ),
+        (
+            {"models__prior__query": "SELECT text FROM corpus WHERE COLOR.Score > 0"},
+            "models: these wait for each other",
+        ),
+        (
+            {"models__prior__query": "SELECT txt FROM corpus"},
+            'Referenced column "txt"',
+        ),
+        ({"models__prior__query": "SELECT text FROM corpus WHERE n.vale > 0"}, "models.prior.query: Binder Error"),
+        ({"models__prior__query": "SELECT text FROM corpus WHERE n.value > [1]"}, "models.prior.query: Binder Error"),
+        ({"models__prior__query": "SELECT url FROM n JOIN documents USING (doc_id);"}, "gives no column text"),
         ({"models__conditional__targets": "none.jsonl"}, "models.conditional.targets: no file"),
         ({"models__prior__size": "3m"}, "models.prior.size"),
         ({"models__prior__rate": 1}, "models.prior.rate: no such key"),
@@ -146,6 +160,20 @@ def test_problems_are_told_before_any_work(full, changes, problem):
     with pytest.raises(RecipeError) as error:
         graph(full, **changes)
     assert any(problem in line for line in error.value.problems), error.value.problems
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT text FROM documents WHERE text_hash IS NOT NULL -- all of them",
+        "WITH high AS (SELECT doc_id FROM N WHERE value > 3) SELECT text FROM Corpus JOIN high USING (doc_id);",
+        "SELECT url AS prompt, text FROM mixture('first'), range(copies) WHERE \"group\" = 'a' ORDER BY doc_id LIMIT 9",
+        "SELECT first(corpus.text) AS text FROM corpus GROUP BY n.value",
+    ],
+)
+def test_queries_that_give_texts_are_good_before_there_is_a_lake(full, query):
+    mixtures = {"first": {"tokens": "n_bytes"}, "best": {"tokens": "tokens.n", "where": "color.score > 0"}}
+    graph(full, models__prior__query=query, mixtures=mixtures)
 
 
 def test_a_run_trains_scores_and_chooses_and_the_next_reuses_all(full):
@@ -254,9 +282,7 @@ def test_a_mixture_is_learned_as_often_as_it_takes(full, tmp_path):
 @pytest.mark.parametrize(
     ("models", "problem"),
     [
-        ({"prior": {**PRIOR, "query": "SELECT url FROM documents"}}, "gives no column text"),
         ({"prior": {**PRIOR, "query": "SELECT text FROM documents WHERE source = ''"}}, "there is nothing to learn"),
-        ({"prior": {**PRIOR, "query": "SELECT txt FROM documents"}}, "models.prior.query: "),
         ({"prior": {**PRIOR, "targets": "bad.jsonl"}}, "models.prior.targets: "),
         ({"prior": {**PRIOR, "targets": "other.jsonl"}}, "1 lines have none of text, completion and answer"),
     ],
