@@ -282,7 +282,26 @@ def _problems(model: type[BaseModel], data: Mapping[str, Any], error: Validation
         # A tuple loses its members that are wrong; that it is too short then says nothing new.
         if kind == "too_short" and any(other["loc"][: len(loc)] == loc and other["loc"] != loc for other in found):
             continue
+        # A field that takes a value or a list of them: what is wrong with the one that was given is enough.
+        if _off_branch(problem) and any(_beside(loc, other["loc"]) and not _off_branch(other) for other in found):
+            continue
         yield f"{_place(data, loc)}: {_told(model, data, problem)}"
+
+
+def _is_branch(part: int | str) -> bool:
+    """Whether a part of a place is pydantic's name for a member of a union."""
+    return isinstance(part, str) and (part in ("str", "constrained-float") or part.startswith("tuple["))
+
+
+def _off_branch(problem: Any) -> bool:
+    """The value is not even of the type of this member of a union."""
+    return _is_branch(problem["loc"][-1]) and problem["type"].endswith("_type")
+
+
+def _beside(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether `other` is a place in another member of the union that `one` ends with."""
+    field = len(one) - 1
+    return other[:field] == one[:field] and len(other) > field and other[field] != one[field]
 
 
 def _told(model: type[BaseModel], data: Mapping[str, Any], problem: Any) -> str:
@@ -294,6 +313,8 @@ def _told(model: type[BaseModel], data: Mapping[str, Any], problem: Any) -> str:
         return "a name is lower-case letters, digits and _, at most 48, and begins with a letter"
     if kind == "missing":
         return "is missing"
+    if kind == "tuple_type":
+        return f"write a list, [...] (it is {problem['input']!r})"
     message = problem["msg"].removeprefix("Value error, ")
     shown = isinstance(problem["input"], (str, int, float, bool)) and kind != "value_error"
     return f"{message[0].lower()}{message[1:]}" + (f" (it is {problem['input']!r})" if shown else "")
@@ -301,7 +322,7 @@ def _told(model: type[BaseModel], data: Mapping[str, Any], problem: Any) -> str:
 
 def _place(data: Mapping[str, Any], loc: tuple[Any, ...]) -> str:
     """The field's path; a source by its name, and without pydantic's own marks of keys and members of unions."""
-    parts = [str(part) for part in loc if part not in ("[key]", "str") and not str(part).startswith("tuple[")]
+    parts = [str(part) for part in loc if part != "[key]" and not _is_branch(part)]
     if len(loc) > 1 and loc[0] == "sources" and isinstance(loc[1], int):
         source = data["sources"][loc[1]]
         parts[1] = str(source.get("name", loc[1])) if isinstance(source, dict) else parts[1]

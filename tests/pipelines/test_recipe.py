@@ -180,6 +180,22 @@ def test_nested_problems_of_a_scorer_come_out_under_its_own_fields():
     ]
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("k", 20, "k: input should be less than or equal to 1 (it is 20)"),
+        ("k", [0.1, 20], "k.1: input should be less than or equal to 1 (it is 20)"),
+        ("measures", "min_k", "measures: write a list, [...] (it is 'min_k')"),
+    ],
+)
+def test_what_is_wrong_with_a_value_or_a_list_of_values_is_told_once(field, value, said):
+    score = {"scorer": "language_model", "model": "m", "measures": ["min_k"], field: value}
+    source = {"name": "pool", "format": "jsonl", "path": "pool/*.jsonl"}
+    with pytest.raises(RecipeError) as error:
+        Recipe.of({"name": "one", "sources": [source], "scores": {"web": score}})
+    assert error.value.problems == (f"scores.web.{said}",)
+
+
 def test_names_of_sources_and_folders_of_exports_are_used_once():
     twice = GOOD.replace(
         "[scores.language]", '[[sources]]\nname = "pool"\nformat = "jsonl"\npath = "b"\n[scores.language]'
