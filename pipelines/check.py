@@ -147,16 +147,18 @@ def _tables(run: Run) -> Iterator[str]:
 def trial(graph: Graph, fraction: float, executor: Executor) -> Iterator[str]:
     """Run the stages on a sample in a lake of its own; print rates, an estimate, and what rules would drop.
 
-    A smaller sample is part of a larger one (pipelines.ingest.sampled).
+    A smaller sample is part of a larger one (pipelines.ingest.sampled). Models are not trained, since what they cost
+    does not follow the sample; so they and what reads them are left out, and named.
     """
     with tempfile.TemporaryDirectory(prefix="corpusmill-") as folder:
         lake = Lake.create(folder)
         run = Run(lake, graph, executor, sample=fraction)
         total = sum(file.size for files in check_sources(graph).values() for file in files)
         spent: dict[str, float] = {}
+        plan = [step for step in steps(graph, STAGES[:-1]) if not _needs_models(graph, step.name)]
         try:
             with recorded(run):
-                for step in steps(graph, STAGES[:-1]):
+                for step in plan:
                     begun = time.monotonic()
                     perform(run, step)
                     spent[step.name] = time.monotonic() - begun
@@ -168,13 +170,21 @@ def trial(graph: Graph, fraction: float, executor: Executor) -> Iterator[str]:
                 whole = seconds * factor
                 yield f"  {name:<28} {documents / seconds:>10,.0f} documents/s   {whole / 60:>10,.1f} min for all"
             yield f"  {'together':<28} {'':>22}   {sum(spent.values()) * factor / 60:>10,.1f} min, start-up included"
+            if left := [name for name in graph.order if _needs_models(graph, name)]:
+                yield f"not tried, for they need models that the recipe trains: {', '.join(left)}"
             for name in graph.recipe.rules:
+                if name in left:
+                    continue
                 yield f"rules {name} would drop"
                 dropped = lake.query(_DROPPED.format(rules=name), graph.recipe.name)
                 for reason, count, share in zip(*dropped.to_pydict().values(), strict=True):
                     yield f"  {reason or '(kept)':<28} {count:>10,} documents   {share:>10.1%}"
         finally:
             lake.close()
+
+
+def _needs_models(graph: Graph, name: str) -> bool:
+    return not graph.learners.keys().isdisjoint(graph.upstream([name]))
 
 
 _DROPPED = """

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import train as stage
+from pipelines.check import trial
 from pipelines.execute import Serial
 from pipelines.graph import Graph
 from pipelines.recipe import Recipe
@@ -315,3 +316,10 @@ def test_a_model_in_json_is_what_it_was_in_toml(full):
     again = Graph(Recipe.of(json.loads(graph_.recipe.model_dump_json())))
     assert {n: x.model for n, x in again.learners.items()} == {n: x.model for n, x in graph_.learners.items()}
     assert Path(again.learners["conditional"].definition.targets or "").is_absolute()
+
+
+def test_a_sample_leaves_out_models_and_what_reads_them(full):
+    lines = list(trial(graph(full), 1.0, full.executor))
+    [left] = [line for line in lines if line.startswith("not tried")]
+    assert set(left.partition(": ")[2].split(", ")) == AFTER_PRIOR | {"best"}
+    assert any(line.split()[0] == "n" for line in lines)
