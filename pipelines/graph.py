@@ -29,7 +29,7 @@ from scorers.base import ColumnsSpec, MapSpec, Parameters, ReduceSpec, Spec
 from storage.errors import QueryError, RecipeError
 from storage.expressions import Expression, Scope, check_expression, check_order
 from storage.schema import DOCUMENTS, Column, score_schema
-from storage.sql import check_query, identifiers, nearest
+from storage.sql import check_query, named, nearest
 
 ADOPTED = {"double": pa.float64(), "bigint": pa.int64(), "boolean": pa.bool_(), "varchar": pa.string()}
 RULES = Path(__file__).parent / "rules"
@@ -296,19 +296,25 @@ class Graph:
             self._problems += [_at(f"models.{name}", problem, type(model)) for problem in model.problems()]
             reads = set(self._trained(f"models.{name}", model))
             if model.mixture is not None:
-                if model.mixture not in self.recipe.mixtures:
-                    there = nearest(model.mixture, self.recipe.mixtures)
-                    self._problems.append(f"models.{name}.mixture: no mixture {model.mixture!r}{there}")
-                reads.add(model.mixture)
+                reads |= self._known_mixture(f"models.{name}.mixture", model.mixture)
             if model.query is not None:
                 try:
                     check_query(model.query, names, ["mixture"])
                 except QueryError as error:
                     self._problems += [f"models.{name}.query: {problem}" for problem in error.problems]
                 else:
-                    named = {identifier.lower() for identifier in identifiers(model.query)}  # as SQL reads them
-                    reads |= named & {*self.entries, *self.recipe.mixtures}
+                    asked = named(model.query)
+                    columns = asked.columns if "corpus" in asked.tables else set()
+                    reads |= (asked.tables | columns) & self.entries.keys()
+                    for mixture in {name for function, name in asked.calls if function == "mixture"}:
+                        reads |= self._known_mixture(f"models.{name}.query", mixture)
             self.learners[name] = Learner(name, model, tuple(sorted(reads)))
+
+    def _known_mixture(self, place: str, mixture: str) -> set[str]:
+        if mixture not in self.recipe.mixtures:
+            self._problems.append(f"{place}: no mixture {mixture!r}{nearest(mixture, self.recipe.mixtures)}")
+            return set()
+        return {mixture}
 
     def reads(self, name: str) -> tuple[str, ...]:
         """What an entry of any kind reads directly."""

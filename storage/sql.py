@@ -22,7 +22,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from storage.errors import QueryError
 
@@ -120,22 +120,39 @@ def check_query(sql: str, relations: Collection[str], table_functions: Collectio
         todo += [(value, ctes) for key, value in item.items() if key != "cte_map"]
 
 
-def identifiers(sql: str) -> set[str]:
-    """Every name of a table, column or struct field in a query, and every text constant: what it may depend on."""
-    found: set[str] = set()
+class Named(NamedTuple):
+    """What a query names, in lower case as SQL reads it.
+
+    Attributes:
+        tables: in FROM, its own CTEs too.
+        columns: each part of each name of a column, `relation` of `relation.*` too.
+        calls: (function, argument) of table functions called with text, as mixture('main'); the argument as written.
+    """
+
+    tables: set[str]
+    columns: set[str]
+    calls: set[tuple[str, str]]
+
+
+def named(sql: str) -> Named:
+    """What a query names; QueryError where it is none."""
+    found = Named(set(), set(), set())
     todo: list[Any] = [parse(sql).node]
     while todo:
         item = todo.pop()
         if isinstance(item, list):
             todo += item
-        elif isinstance(item, dict):
-            found.update(item.get("column_names", ()))
-            found.add(item.get("table_name", ""))
-            if _is_text(item):
-                found.add(item["value"]["value"])
-            else:
-                todo += item.values()
-    return found - {""}
+        elif isinstance(item, dict) and not _is_text(item):
+            if item.get("type") == "BASE_TABLE":
+                found.tables.add(item["table_name"].lower())
+            elif item.get("type") == "TABLE_FUNCTION":
+                call = item["function"]
+                texts = [argument["value"]["value"] for argument in call["children"] if _is_text(argument)]
+                found.calls.update((call["function_name"].lower(), text) for text in texts)
+            found.columns.update(part.lower() for part in item.get("column_names", ()))
+            found.columns.add(item.get("relation_name", "").lower())
+            todo += item.values()
+    return found
 
 
 def lock(con: "duckdb.DuckDBPyConnection", data_dir: str) -> None:

@@ -145,9 +145,11 @@ def test_another_text_of_the_targets_gives_another_conditional(full):
             {"models__prior__query": "SELECT text FROM corpus WHERE COLOR.Score > 0"},
             "models: these wait for each other",
         ),
+        ({"models__prior__query": "SELECT txt FROM corpus"}, 'Referenced column "txt"'),
+        ({"models__prior__query": "SELECT text, color.* FROM corpus"}, "models: these wait for each other"),
         (
-            {"models__prior__query": "SELECT txt FROM corpus"},
-            'Referenced column "txt"',
+            {"models__prior__query": "SELECT text FROM mixture('bset')"},
+            "models.prior.query: no mixture 'bset'; did you mean 'best'?",
         ),
         ({"models__prior__query": "SELECT text FROM corpus WHERE n.vale > 0"}, "models.prior.query: Binder Error"),
         ({"models__prior__query": "SELECT text FROM corpus WHERE n.value > [1]"}, "models.prior.query: Binder Error"),
@@ -170,6 +172,9 @@ def test_problems_are_told_before_any_work(full, changes, problem):
         "WITH high AS (SELECT doc_id FROM N WHERE value > 3) SELECT text FROM Corpus JOIN high USING (doc_id);",
         "SELECT url AS prompt, text FROM mixture('first'), range(copies) WHERE \"group\" = 'a' ORDER BY doc_id LIMIT 9",
         "SELECT first(corpus.text) AS text FROM corpus GROUP BY n.value",
+        # `tokens` and `color` are entries that read the model; here they are a column of mixtures, and a text.
+        "SELECT text FROM mixture('first') WHERE tokens > 1",
+        "SELECT text FROM corpus WHERE source <> 'color'",
     ],
 )
 def test_queries_that_give_texts_are_good_before_there_is_a_lake(full, query):
