@@ -8,4 +8,5 @@ SCORERS = {
     "fasttext": "scorers.classifiers.fasttext:FastText",
     "language_model": "scorers.lm.measures:LanguageModel",
     "color_filter": "scorers.lm.color_filter:ColorFilter",
+    "preselect": "scorers.preselect:PreSelect",
 }

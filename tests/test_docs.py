@@ -44,6 +44,7 @@ NEEDED = {
         "measures": get_args(Measure),
     },
     "color_filter": {"inputs": {"prior": "a.nats_per_token", "conditional": "b.nats_per_token"}},
+    "preselect": {"inputs": dict.fromkeys("abc", "a.nats"), "ability": {"a": 1, "b": 2, "c": 3}},
 }
 
 

@@ -312,6 +312,7 @@ def scorer_parameters(folder: Path) -> dict[str, dict[str, Any]]:
         "fasttext": {"model": model, "label": "__label__hq", "profile": "dclm"},
         "language_model": {"model": model, "measures": ["nats_per_token", "min_k"], "where": "gopher.n_words > 3"},
         "color_filter": {"inputs": columns},
+        "preselect": {"inputs": dict.fromkeys("abc", "language_model.nats"), "ability": {"a": 1, "b": 2, "c": 3}},
     }
 
 
@@ -319,7 +320,9 @@ def test_a_recipe_survives_json(tmp_path):
     """As the flow's parameter, and as the resolved recipe of a run: equal, also what is compiled from it."""
     data = tomllib.loads(GOOD)
     data["scores"] |= {
-        f"{n}_": {"scorer": n} | p for n, p in scorer_parameters(tmp_path).items() if n != "color_filter"
+        f"{n}_": {"scorer": n} | p
+        for n, p in scorer_parameters(tmp_path).items()
+        if n not in ("color_filter", "preselect")
     }
     losses = {"prior": "language_model_.nats_per_token", "conditional": "language_model_.nats_per_token"}
     data["scores"]["color"] = {"scorer": "color_filter", "inputs": losses}

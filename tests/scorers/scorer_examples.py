@@ -91,6 +91,11 @@ def color_filter(_: Path) -> dict[str, Any]:
     return {"inputs": {"prior": "before.nats_per_token", "conditional": "after.nats_per_token"}}
 
 
+def preselect(_: Path) -> dict[str, Any]:
+    ability = {"small": 41.5, "middle": 47.25, "large": 53.0}
+    return {"inputs": {model: f"{model}.nats" for model in ability}, "ability": ability}
+
+
 def no_parameters(_: Path) -> dict[str, Any]:
     return {}
 
@@ -103,4 +108,5 @@ EXAMPLES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "fasttext": fasttext,
     "language_model": language_model,
     "color_filter": color_filter,
+    "preselect": preselect,
 }
