@@ -13,9 +13,10 @@ From random weights, N counting the weights that multiply every token (the layer
 (Porian et al., NeurIPS 2024, arXiv 2406.19146, tables 2 and 4, as OLMo's model ladder and DataDecide write them down);
 cosine decay to a tenth, AdamW with weight decay 0.1 except on embeddings and norms, gradient norm clipped at 1 (OLMo).
 
-Fine-tuning: batch 131,072 tokens, learning rate 1e-3, beta2 0.95, warmup and cosine to a tenth, no weight decay, as the
-conditional model of CoLoR-Filter (Brandfonbrener et al., NeurIPS 2024, arXiv 2406.10670), whose z-loss is left out. It
-had 150M parameters; larger models want a smaller learning rate.
+Fine-tuning: batch 131,072 (N / 203e6)^(2/3) tokens, learning rate 0.001 (N / 203e6)^(-1/3), beta2 0.95, warmup and
+cosine to a tenth, no weight decay, as the conditional model of CoLoR-Filter (Brandfonbrener et al., NeurIPS 2024, arXiv
+2406.10670), whose z-loss is left out. It had 203M such parameters; that other sizes follow the exponents above is ours.
+(2M parameters, 80,000 tokens of medical answers: 0.05 bits a byte less on held-out ones without them, 0.25 with them.)
 
 Runs that are short beside what the rules were fitted on: the batch leaves at least 200 steps (the CoLoR-Filter run had
 190) and the warmup takes at most a tenth of the tokens; these two limits are ours. A batch smaller than the rule's has
@@ -161,14 +162,14 @@ def resolve(training: Training, *, parameters: int, context: int, epoch: int) ->
     sequences = training.tokens // context if training.tokens is not None else epoch * (training.epochs or 1)
     sequences = max(1, sequences)
     fine_tuning = training.base is not None
-    scale = parameters / 108e6
-    rule = 131_072 if fine_tuning else 327_680 * scale ** (2 / 3)
+    scale = parameters / (203e6 if fine_tuning else 108e6)
+    rule = (131_072 if fine_tuning else 327_680) * scale ** (2 / 3)
     if training.batch_tokens is not None:
         batch = training.batch_tokens // context
     else:
         batch = min(round(rule / context), sequences // LEAST_STEPS)
     batch = max(1, min(batch, sequences))
-    learning_rate = 1e-3 if fine_tuning else 0.0047 * scale ** (-1 / 3)
+    learning_rate = (1e-3 if fine_tuning else 0.0047) * scale ** (-1 / 3)
     learning_rate *= min(1.0, (batch * context / rule) ** 0.5)
     most_warmup = int(MOST_WARMUP * sequences * context)
 

@@ -106,9 +106,11 @@ def test_the_scaling_rule_is_the_published_one() -> None:
 
 
 def test_fine_tuning_is_that_of_color_filter() -> None:
-    found = resolve(Training(base="x"), parameters=150_000_000, context=512, epoch=25_000_000 // 512)
+    found = resolve(Training(base="x"), parameters=203_000_000, context=512, epoch=25_000_000 // 512)
     assert (found.batch_sequences, found.steps, found.learning_rate) == (244, 201, pytest.approx(1e-3, rel=0.03))
     assert (found.beta2, found.weight_decay, found.warmup_tokens // (244 * 512)) == (0.95, 0.0, 20)
+    small = resolve(Training(base="x"), parameters=203_000_000 // 8, context=512, epoch=10**6)
+    assert (small.batch_sequences, small.learning_rate) == (64, pytest.approx(2e-3)), "by the exponents of the ladder"
 
 
 def test_what_the_recipe_says_is_kept() -> None:
