@@ -85,12 +85,13 @@ class Parameters(BaseModel):
         """
         problems = []
         for field in self._digested():
-            path = getattr(self, field)
-            try:
-                if not Path(local(path)).exists():
-                    problems.append(f"{field}: no file or folder {path!r}; correct the path")
-            except RecipeError as error:
-                problems.append(f"{field}: {error}")
+            value = getattr(self, field)
+            for path in value.values() if isinstance(value, Mapping) else [value]:
+                try:
+                    if not Path(local(path)).exists():
+                        problems.append(f"{field}: no file or folder {path!r}; correct the path")
+                except RecipeError as error:
+                    problems.append(f"{field}: {error}")
         return problems
 
     def fingerprint(self, *inputs: str) -> str:
@@ -101,7 +102,9 @@ class Parameters(BaseModel):
         from importlib.metadata import version
 
         parameters = self.model_dump(mode="json")
-        parameters |= {field: digest(parameters[field]) for field in self._digested()}
+        for field in self._digested():
+            value = parameters[field]
+            parameters[field] = {k: digest(v) for k, v in value.items()} if isinstance(value, dict) else digest(value)
         parameters |= {"version": self.version, "libraries": {name: version(name) for name in self.libraries}}
         parameters["inputs"] = inputs
         return hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:32]
@@ -113,7 +116,7 @@ class Parameters(BaseModel):
         return {name: value.removeprefix(TRAINED) for name, value in named.items() if value.startswith(TRAINED)}
 
     def _digested(self) -> list[str]:
-        """Fields whose file or folder enters the fingerprint by content."""
+        """Fields whose file or folder (or each of them, by name) enters the fingerprint by content."""
         return [name for name in self._model_paths() if getattr(self, name) is not None and name not in self.trained]
 
     @classmethod

@@ -74,7 +74,7 @@ def split(texts: Sequence[str]) -> Words:
     runs = np.flatnonzero(begins)  # white space too
     lengths = np.diff(runs, append=len(codes))
 
-    powers, inverses = _powers(1 << (len(codes) - 1).bit_length())
+    powers, inverses = powers_of_base(1 << (len(codes) - 1).bit_length())
     sums = np.add.reduceat(codes * powers[: len(codes)], runs)
     letters = np.bitwise_or.reduceat(traits, runs) & LETTER > 0
 
@@ -143,7 +143,7 @@ def _codes(chars: str) -> list[int]:
 
 
 @lru_cache(maxsize=4)
-def _powers(size: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+def powers_of_base(size: int) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     """BASE^i and BASE^-i modulo 2^64 for i below `size`."""
     steps = np.full((2, size), [[BASE], [pow(BASE, -1, 1 << 64)]], np.uint64)
     steps[:, 0] = 1

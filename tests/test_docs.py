@@ -43,6 +43,7 @@ NEEDED = {
         "model": "model",
         "measures": get_args(Measure),
     },
+    "dsir": {"targets": "target.jsonl"},
     "color_filter": {"inputs": {"prior": "a.nats_per_token", "conditional": "b.nats_per_token"}},
     "preselect": {"inputs": dict.fromkeys("abc", "a.nats"), "ability": {"a": 1, "b": 2, "c": 3}},
 }
@@ -74,7 +75,8 @@ def scorers_table() -> str:
         spec = load_spec(name)(**NEEDED.get(name, {}))  # type: ignore[arg-type]
         if isinstance(spec, ReduceSpec):
             parts = ", ".join(f"`ENTRY_{part}`" for part in spec.maps())
-            defaults = ", ".join(f"`{column} = {value}`" for column, value in spec.defaults().items())
+            told = {column: value for column, value in spec.defaults().items() if value != "NULL"}
+            defaults = ", ".join(f"`{column} = {value}`" for column, value in told.items()) or "NULL"
             lines += ["", f"`{name}` also makes {parts}, the map that it reads; no row means {defaults}."]
     return "\n".join(lines)
 

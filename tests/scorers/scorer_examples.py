@@ -3,6 +3,7 @@
 The contract tests run over EXAMPLES, so a new scorer joins them by an entry here.
 """
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,11 @@ def language_model(folder: Path) -> dict[str, Any]:
     }
 
 
+def dsir(folder: Path) -> dict[str, Any]:
+    Path(folder, "target.jsonl").write_text(json.dumps({"text": PROSE}) + "\n")
+    return {"targets": {"mill": str(folder / "target.jsonl")}}
+
+
 def color_filter(_: Path) -> dict[str, Any]:
     return {"inputs": {"prior": "before.nats_per_token", "conditional": "after.nats_per_token"}}
 
@@ -106,6 +112,7 @@ EXAMPLES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "gopher": no_parameters,
     "duplicates": no_parameters,
     "fasttext": fasttext,
+    "dsir": dsir,
     "language_model": language_model,
     "color_filter": color_filter,
     "preselect": preselect,

@@ -3,6 +3,7 @@
 A new scorer joins by an entry in EXAMPLES (scorer_examples.py).
 """
 
+import hashlib
 import math
 import pickle
 from importlib import import_module
@@ -54,7 +55,10 @@ def maps(spec: Spec) -> list[tuple[MapSpec, Score]]:
 
 
 def documents(texts: tuple[str, ...] = TEXTS) -> pa.RecordBatch:
-    return pa.record_batch({"doc_id": range(len(texts)), "text": pa.array(texts, pa.large_string())})
+    hashes = pa.array([hashlib.md5(text.encode()).digest() for text in texts], pa.uuid())
+    return pa.record_batch(
+        {"doc_id": range(len(texts)), "text": pa.array(texts, pa.large_string()), "text_hash": hashes}
+    )
 
 
 def same(left: Any, right: Any) -> bool:

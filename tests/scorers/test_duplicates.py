@@ -7,9 +7,9 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 import pytest
+from duck_space import DuckSpace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -20,24 +20,6 @@ SIGNATURES = pa.schema([("doc_id", pa.int64()), ("exact", pa.int64()), ("bands",
 RESULT = pa.schema([("doc_id", pa.int64()), ("cluster", pa.int64()), ("cluster_size", pa.int64())])
 
 Row = tuple[int, int | None, list[int] | None]
-
-
-class DuckSpace:
-    """A space on a DuckDB in memory (one for all tests: a new one takes longer than a test), counting statements."""
-
-    connection = duckdb.connect()
-
-    def __init__(self, **tables: pa.Table) -> None:
-        self.statements = 0
-        for name, table in tables.items():
-            self.connection.register(name, table)
-
-    def run(self, sql: str) -> None:
-        self.statements += 1
-        self.connection.execute(sql)
-
-    def read(self, sql: str) -> pa.RecordBatchReader:
-        return self.connection.execute(sql).to_arrow_reader()
 
 
 def table(rows: Sequence[Row]) -> pa.Table:
