@@ -305,4 +305,5 @@ class _Pool(Generic[Item, Result]):
 def _environment(threads: int) -> dict[str, str]:
     """Set before torch, Arrow and tokenizers are loaded, which read it then."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-    return dict.fromkeys(names, str(threads)) | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    habits = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    return dict.fromkeys(names, str(threads)) | habits
