@@ -109,7 +109,7 @@ class DSIR(ReduceSpec):
         # As a column of every row it is there once; inside the lambda DuckDB would copy it for every few n-grams.
         lists = ", ".join(f"getvariable('ratios_{name}') AS ratios_{name}" for name in paths)
         over = " / n_tokens" if self.per == "token" else ""
-        each_ratio = "list_transform(ngrams, lambda b: ratios_{}[CAST(b AS INTEGER) + 1])"
+        each_ratio = "list_transform(ngrams, lambda b: ratios_{}[b + 1])"
         weights = ", ".join(f"list_sum({each_ratio.format(name)}){over} AS {_column(name)}" for name in paths)
         each = ", ".join(map(_column, paths))
         names = ", ".join(f"'{name}'" for name in paths)

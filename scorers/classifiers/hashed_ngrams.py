@@ -4,6 +4,9 @@
                  ->  don  '  t  pay  don '  ' t  t pay       all runs of one to `ngram` tokens, joined by a space
                  ->  SHA-256 of the UTF-8, read as one integer, modulo `buckets`
 
+\\w and \\s are those of Python's `re`, as in NLTK's WordPunctTokenizer until 3.9; NLTK 3.10 has another engine, which
+counts the vowel signs of Indic scripts among the letters.
+
 SHA-256 of every n-gram is what the features cost. Most n-grams of a text have been met before, so their buckets are
 kept in a table with a fixed number of slots, found by a 64-bit hash of the n-gram that numpy computes; two n-grams
 would have to agree in 64 bits, once in 10^19 pairs, to take one's bucket for the other's.
@@ -25,11 +28,12 @@ from scorers.base import MapSpec, Score
 from storage.schema import Column
 
 Order = Annotated[int, Field(ge=1, le=4)]
-Buckets = Annotated[int, Field(ge=2, le=1 << 16)]
+Buckets = Annotated[int, Field(ge=2, lt=1 << 16)]
 
 SPACE, WORD, PUNCTUATION = 0, 1, 2
 SLOT_BITS = 21
-"""2^21 slots take 20 MB, and hold the n-grams that come often; a worker has one table."""
+"""2^21 slots take 24 MB, and hold the n-grams that come often; a worker has one table."""
+BUCKET_BITS = np.uint64(16)
 
 
 class HashedNgrams(MapSpec):
@@ -72,8 +76,9 @@ class Hasher:
     def __init__(self, ngram: int = 2, buckets: int = 10_000) -> None:
         self.ngram = ngram
         self.buckets = buckets
-        self._keys = np.zeros(1 << SLOT_BITS, np.uint64)  # what stands in a slot; the last one to come stays
-        self._values = np.zeros(1 << SLOT_BITS, np.uint16)
+        # A slot: the low 48 bits of a hash, then 16 of the bucket. The hash's high bits are the slot's number.
+        self._slots = np.zeros(1 << SLOT_BITS, np.uint64)
+        self._claims = np.zeros(1 << SLOT_BITS, np.int32)
 
     def __call__(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint16]]:
         """n-grams per text, [texts]; their buckets text after text, ascending in each."""
@@ -102,58 +107,71 @@ class Hasher:
         letters[ends - 1] = False
         spelled[letters] = codes[within]
         powers, inverses = words.powers_of_base(1 << (len(spelled) - 1).bit_length())
-        tokens = np.add.reduceat(spelled * powers[: len(spelled)], begins) * inverses[begins]
+        tokens = np.add.reduceat(spelled * powers[: len(spelled)], begins) * inverses[begins] + (ends - begins).astype(
+            np.uint64
+        )
 
-        # [n-grams] of all orders, one order after the other: hash, index of the first token, tokens.
-        keys, start, order = [], [], []
+        # [n-grams] of all orders, one order after the other: hash, index of the first token, tokens, text.
+        keys, starts, orders, owners = [], [], [], []
         key = np.zeros(len(tokens), np.uint64)
-        for n in range(1, min(self.ngram, len(tokens)) + 1):
-            at = np.arange(len(tokens) - n + 1)
-            key = words.mix(key[: len(at)] + tokens[n - 1 :])
-            whole = text[at] == text[n - 1 :]  # all of one text
-            keys.append(key[whole])
-            start.append(at[whole])
-            order.append(np.full(len(start[-1]), n))
-        begin = np.concatenate(start)
-        found = self._looked_up(np.concatenate(keys), begin, begin + np.concatenate(order), spelled, begins)
+        for order in range(1, min(self.ngram, len(tokens)) + 1):
+            key = words.mix(key[: len(tokens) - order + 1] + tokens[order - 1 :])
+            start = np.flatnonzero(text[: len(key)] == text[order - 1 :])  # all of one text
+            keys.append(key[start])
+            starts.append(start)
+            orders.append(np.full(len(start), order))
+            owners.append(text[start])
+        first, owner = np.concatenate(starts), np.concatenate(owners)
+        found = self._looked_up(np.concatenate(keys), first, first + np.concatenate(orders), spelled, begins)
 
-        sorted_by_text = np.sort((text[begin].astype(np.uint32) << np.uint32(16)) | found)
-        return np.bincount(text[begin], minlength=len(texts)), sorted_by_text.astype(np.uint16)
+        counts = np.bincount(owner, minlength=len(texts))
+        found = found[np.argsort(owner.astype(np.uint16), kind="stable")]
+        for end, count in zip(np.cumsum(counts).tolist(), counts.tolist(), strict=True):
+            found[end - count : end].sort(kind="stable")  # of 16 bits: a radix sort
+        return counts, found
 
     def _looked_up(
         self,
         keys: npt.NDArray[np.uint64],
-        begin: npt.NDArray[np.int64],
-        end: npt.NDArray[np.int64],
+        first: npt.NDArray[np.int64],
+        beyond: npt.NDArray[np.int64],
         spelled: npt.NDArray[np.uint32],
         begins: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.uint16]:
-        """Buckets of n-grams from the table; those that are not there are hashed and take their slots."""
-        slots = (keys >> np.uint64(64 - SLOT_BITS)).astype(np.int64)
-        found = self._values[slots]
-        missing = np.flatnonzero(self._keys[slots] != keys)
-        _, one, place = np.unique(keys[missing], return_index=True, return_inverse=True)
-        each = missing[one]
+        """Buckets of n-grams out of the table; those that are not there are hashed and take their slots.
+
+        An n-gram is given by its hash and by the tokens first, ..., beyond - 1, which begin at `begins` in `spelled`.
+        """
         utf8 = spelled.tobytes().decode("utf-32-le").encode()
-        if len(utf8) == len(spelled):
-            offsets = np.append(begins, len(utf8))
-        else:
-            widths = 1 + (spelled >= 0x80) + (spelled >= 0x800) + (spelled >= 0x10000)
-            offsets = np.append((np.cumsum(widths) - widths)[begins], len(utf8))
-        runs = zip(offsets[begin[each]].tolist(), (offsets[end[each]] - 1).tolist(), strict=True)
-        fresh = _remainders([hashlib.sha256(utf8[a:b]).digest() for a, b in runs], self.buckets)
-        found[missing] = fresh[place]
-        self._keys[slots[each]] = keys[each]
-        self._values[slots[each]] = fresh
-        return found
+        if len(utf8) > len(spelled):
+            begins = np.flatnonzero(np.frombuffer(utf8, np.uint8) & 0xC0 != 0x80)[begins]
+        offsets = np.append(begins, len(utf8))
+        slots = (keys >> np.uint64(64 - SLOT_BITS)).astype(np.int64)
+        tags = keys << BUCKET_BITS
+        found = self._slots[slots]
+        found ^= tags
+        missing = np.flatnonzero(found >> BUCKET_BITS)
+        while len(missing):
+            # One n-gram for each slot. What else wanted the slot is the same n-gram, or waits for the next round.
+            place, rank = slots[missing], np.arange(len(missing), dtype=np.int32)
+            self._claims[place] = rank
+            one = missing[self._claims[place] == rank]
+            fresh = _buckets(utf8, offsets[first[one]], offsets[beyond[one]] - 1, self.buckets)
+            self._slots[slots[one]] = tags[one] | fresh
+            found[missing] = self._slots[place] ^ tags[missing]
+            missing = missing[found[missing] >> BUCKET_BITS != 0]
+        return found.astype(np.uint16)
 
 
-def _remainders(digests: Sequence[bytes], modulus: int) -> npt.NDArray[np.uint16]:
-    """Digests of 32 bytes, each read as one big-endian integer, modulo at most 2^16."""
-    parts = np.frombuffer(b"".join(digests), ">u4").reshape(-1, 8).astype(np.int64) % modulus
-    powers = np.array([pow(1 << 32, 7 - part, modulus) for part in range(8)])
-    remainders: npt.NDArray[np.uint16] = ((parts * powers).sum(axis=1) % modulus).astype(np.uint16)
-    return remainders
+def _buckets(
+    utf8: bytes, begins: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], buckets: int
+) -> npt.NDArray[np.uint64]:
+    """SHA-256 of each run of bytes, a big-endian integer, modulo `buckets`."""
+    sha256 = hashlib.sha256
+    digests = [sha256(utf8[begin:end]).digest() for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
+    places = np.array([pow(256, 31 - place, buckets) for place in range(32)], np.float64)
+    sums = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32) @ places  # 32 products below 2^24: exact
+    return sums.astype(np.uint64) % np.uint64(buckets)
 
 
 @lru_cache(maxsize=1)
