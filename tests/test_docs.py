@@ -244,6 +244,9 @@ def test_recipes_compile(tmp_path: Path) -> None:
     (models / "gpt2" / "tokenizer.json").write_text("{}")
     (models / "pythia-160m.gguf").write_bytes(b"GGUF")
     (models / "tasks.jsonl").write_text("{}")
+    (tmp_path / "targets").mkdir()
+    for name in ("wiki", "code"):
+        (tmp_path / "targets" / f"{name}.jsonl").write_text("{}")
     recipes = list(fenced("toml"))
     assert recipes
     sys.path.insert(0, str(tmp_path))

@@ -42,7 +42,8 @@ class DSIR(ReduceSpec):
 
     targets: a file of JSON lines with a field `text` (plain, gzip, zstd or LZ4), or several, { name = "file" }.
     ngram, buckets: the features; the defaults are the authors'.
-    pseudo_count: Laplace's, added to each bucket of the target; it spares a small target the price of FLOOR.
+    pseudo_count: Laplace's, added to each bucket of the target; it spares a small target the price of FLOOR. Several
+        targets need it: without it the one with more text is nearly always the likeliest.
     per: "document" sums over the n-grams, as the authors do; weights then span thousands of nats and long documents
         are far below short ones (never take the exponential). "token" divides by n_tokens: no importance weight any
         more, but it compares documents of different lengths.
@@ -51,7 +52,8 @@ class DSIR(ReduceSpec):
     Columns, high is good:
         log_weight   nats (nats/token where `per` says so). NULL for a text without a token, to which the authors give
                      0, which can be the largest of all
-        gumbel       log_weight plus standard Gumbel noise, hashed from text_hash and seed; equal texts share theirs
+        gumbel       log_weight plus standard Gumbel noise (1.3 nats), hashed from text_hash and seed; equal texts share
+                     theirs. Beside weights that are thousands of nats apart it decides little
         n_tokens     the authors' length; they select from `dsir.n_tokens >= 100`
     With several targets also log_weight_<name> of each, and `target`: the name of the likeliest, whose weight and noise
     log_weight and gumbel are. A mixture that groups by `dsir.target` and orders by `dsir.gumbel` gives each target its
