@@ -23,6 +23,7 @@ from pipelines.graph import Entry, Graph
 from pipelines.run import Counts, Run, wanted
 from pipelines.views import joined
 from scorers.base import ColumnsSpec, MapSpec, ReduceSpec, Score, Spec, Staged, checked
+from scorers.device import compute_with
 from storage.errors import ShardError
 from storage.lake import check_aligned
 from storage.shards import ShardFile, read_shard, write_shard
@@ -125,6 +126,7 @@ def make_worker(graph: Graph, name: str, spec: Spec, data: str, resources: Resou
     def build() -> Score:
         if not built:
             built.append(spec.build(resources.device))
+            compute_with(resources.threads)
         return built[0]
 
     return partial(_map, graph, entry, spec, build, data)

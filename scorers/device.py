@@ -1,4 +1,6 @@
-"""Which device scores, for whoever must not import torch."""
+"""Which device scores, and with how many threads, for whoever must not import torch."""
+
+import sys
 
 
 def best_device() -> str:
@@ -6,3 +8,10 @@ def best_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compute_with(threads: int) -> None:
+    """Torch, where it is loaded, computes with so many threads in this process; by itself it takes every core."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(threads)

@@ -139,7 +139,6 @@ def recipe(options: argparse.Namespace, data: Path) -> dict[str, Any]:
                 *("min_k", "min_k_plus_plus", "el2n", "token_entropy"),
             ],
             "k": K,
-            "bos": True,  # in training every text follows an end-of-text too
             "where": chosen if epochs == EPOCHS[-1] else f"{of_domain} AND {chosen}",
         }
     sources = [

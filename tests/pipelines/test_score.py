@@ -8,6 +8,7 @@ import planted
 import pyarrow as pa
 import pytest
 
+from pipelines.execute import Serial
 from pipelines.ingest import register
 from pipelines.run import Incomplete
 from pipelines.score import scored
@@ -60,6 +61,19 @@ def counted(done, name: str) -> tuple[int, int]:
 def dear(where: str | None) -> dict:
     entry = score("n") | ({"where": where} if where else {})
     return {"scores": {"n": score("n"), "dear": entry}}
+
+
+def test_a_scorer_computes_with_the_threads_that_its_worker_has(pool):
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        for threads, where in ((3, "n_bytes < 11"), (1, "n_bytes < 12")):  # the second has something left to do
+            pool.executor = Serial(threads=threads)
+            pool.run(pool.recipe(scores={"n": score("n", where=where)}))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_widening_computes_the_missing_rows_narrowing_hides_and_widening_back_computes_nothing(pool):
