@@ -290,7 +290,8 @@ def _problems(model: type[BaseModel], data: Mapping[str, Any], error: Validation
 
 def _is_branch(part: int | str) -> bool:
     """Whether a part of a place is pydantic's name for a member of a union."""
-    return isinstance(part, str) and (part in ("str", "constrained-float") or part.startswith("tuple["))
+    names = ("tuple[", "dict[", "function-after[")
+    return isinstance(part, str) and (part in ("str", "constrained-float") or part.startswith(names))
 
 
 def _off_branch(problem: Any) -> bool:
@@ -315,6 +316,8 @@ def _told(model: type[BaseModel], data: Mapping[str, Any], problem: Any) -> str:
         return "is missing"
     if kind == "tuple_type":
         return f"write a list, [...] (it is {problem['input']!r})"
+    if kind == "dict_type":
+        return f"write a table, {{ name = ... }} (it is {problem['input']!r})"
     message = problem["msg"].removeprefix("Value error, ")
     shown = isinstance(problem["input"], (str, int, float, bool)) and kind != "value_error"
     return f"{message[0].lower()}{message[1:]}" + (f" (it is {problem['input']!r})" if shown else "")

@@ -246,7 +246,7 @@ def test_recipes_compile(tmp_path: Path) -> None:
     (models / "tasks.jsonl").write_text("{}")
     (tmp_path / "targets").mkdir()
     for name in ("wiki", "code"):
-        (tmp_path / "targets" / f"{name}.jsonl").write_text("{}")
+        (tmp_path / "targets" / f"{name}.jsonl").write_text('{"text": "a word"}')
     recipes = list(fenced("toml"))
     assert recipes
     sys.path.insert(0, str(tmp_path))

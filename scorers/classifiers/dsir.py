@@ -19,7 +19,7 @@ from pydantic import Field
 
 from scorers.base import FilePath, MapSpec, ReduceSpec, Space
 from scorers.classifiers.hashed_ngrams import Buckets, HashedNgrams, Hasher, Order
-from storage.errors import RecipeError
+from storage.errors import RecipeError, SourceError
 from storage.schema import Column
 from storage.sources import Source
 from storage.sources.jsonl import read_jsonl
@@ -27,7 +27,7 @@ from storage.sources.pool import Mapping as Fields
 from storage.sources.records import Reject
 from storage.sources.streams import Input
 
-TargetName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+TargetName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,47}$")]
 
 FLOOR = 1e-8
 """Added to both probabilities: an n-gram whose bucket the target lacks costs about 18 nats."""
@@ -35,6 +35,7 @@ LONGEST = 1 << 30
 """Bytes of a target text."""
 TEXTS = 1024
 """Target texts counted at once."""
+EMPTY = "targets: {path!r} has no word to match; name a file with texts"
 
 
 class DSIR(ReduceSpec):
@@ -90,9 +91,16 @@ class DSIR(ReduceSpec):
         return (*common, Column("target", pa.string(), "the target of the largest log_weight"), *each)
 
     def problems(self) -> list[str]:
+        """Also looks at the first record of each target, since the others are read after the whole corpus."""
         problems = super().problems()
         if not self.targets:
             problems.append("targets: names no file; give one, or { name = FILE }")
+        for path in self._paths().values() if not problems else ():
+            try:
+                if next(_texts(path), None) is None:
+                    problems.append(EMPTY.format(path=path))
+            except RecipeError as error:
+                problems += error.problems
         return problems
 
     def maps(self) -> Mapping[str, MapSpec]:
@@ -103,7 +111,7 @@ class DSIR(ReduceSpec):
 
     def reduce(self, space: Space, *, extend: bool) -> pa.RecordBatchReader:
         raw = self._raw(space)
-        paths = {"": self.targets} if isinstance(self.targets, str) else self.targets
+        paths = self._paths()
         hasher = Hasher(self.ngram, self.buckets)
         for name, path in paths.items():
             ratios = log_ratios(raw, _counts(path, hasher), self.pseudo_count).tolist()
@@ -129,6 +137,10 @@ class DSIR(ReduceSpec):
             weighed AS (SELECT doc_id, n_tokens, noise, {weights} FROM counted),
             best AS (SELECT *, greatest({each}) AS log_weight FROM weighed)
             SELECT doc_id, log_weight, log_weight + noise AS gumbel, n_tokens{target} FROM best ORDER BY doc_id""")
+
+    def _paths(self) -> Mapping[str, str]:
+        """The target files by name; a single one has none."""
+        return {"": self.targets} if isinstance(self.targets, str) else self.targets
 
     def _raw(self, space: Space) -> npt.NDArray[np.int64]:
         """n-grams of the corpus in each bucket, [buckets]."""
@@ -165,13 +177,17 @@ def _counts(path: str, hasher: Hasher) -> npt.NDArray[np.int64]:
             waiting = []
     counts += np.bincount(hasher(waiting)[1], minlength=hasher.buckets)
     if not counts.any():
-        raise RecipeError(f"targets: {path!r} has no word to match; name a file with texts")
+        raise RecipeError(EMPTY.format(path=path))
     return counts
 
 
 def _texts(path: str) -> Iterator[str]:
     fields = Fields(Source(name="targets", format="jsonl", path=path), LONGEST)
-    with Input(path) as file:
+    try:
+        file = Input(path)
+    except SourceError as error:
+        raise RecipeError(f"targets: {path!r} cannot be read ({error.detail}); name a file of JSON lines") from None
+    with file:
         for number, record in enumerate(read_jsonl(file, fields, LONGEST), 1):
             if not isinstance(record, Reject):
                 yield record.text.decode()

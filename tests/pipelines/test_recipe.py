@@ -196,6 +196,25 @@ def test_what_is_wrong_with_a_value_or_a_list_of_values_is_told_once(field, valu
     assert error.value.problems == (f"scores.web.{said}",)
 
 
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (3, ["targets: input should be a valid string (it is 3)", "targets: write a table, { name = ... } (it is 3)"]),
+        ({"a": 3}, ["targets.a: input should be a valid string (it is 3)"]),
+        (
+            {"a-b": "x"},
+            ["targets.a-b: a name is lower-case letters, digits and _, at most 48, and begins with a letter"],
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_file_or_a_table_of_files_is_told_in_the_recipes_words(targets, said):
+    score = {"scorer": "dsir", "targets": targets}
+    source = {"name": "pool", "format": "jsonl", "path": "pool/*.jsonl"}
+    with pytest.raises(RecipeError) as error:
+        Recipe.of({"name": "one", "sources": [source], "scores": {"like": score}})
+    assert error.value.problems == tuple(f"scores.like.{each}" for each in said)
+
+
 def test_names_of_sources_and_folders_of_exports_are_used_once():
     twice = GOOD.replace(
         "[scores.language]", '[[sources]]\nname = "pool"\nformat = "jsonl"\npath = "b"\n[scores.language]'

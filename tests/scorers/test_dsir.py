@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,11 @@ def test_bad_targets_are_told(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(RecipeError, match=told):
             weighed(DSIR(targets=str(path)), RAW)
+        early = DSIR(targets={"bad": str(path)}).problems()
+        assert [bool(re.search(told, problem)) for problem in early] == [True] * ("record 2" not in told)
+    assert DSIR(targets=str(tmp_path)).problems() == [
+        f"targets: '{tmp_path}' cannot be read (Is a directory); name a file of JSON lines"
+    ]
     for bad in ({"targets": {"A b": "x"}}, {"buckets": 1}, {"buckets": 70_000}, {"ngram": 0}, {"pseudo_count": -1}):
         with pytest.raises(ValidationError):
             DSIR(**{"targets": "x"} | bad)
