@@ -85,7 +85,7 @@ def train(run: Run, name: str) -> Counts:
 
         def books() -> None:
             lake.change("DELETE FROM lake.main.models WHERE model = ?", [learner.model])
-            line = (learner.model, path, made, state, datetime.now(UTC), to_json(record))
+            line = (name, learner.model, path, made, state, datetime.now(UTC), to_json(record))
             lake.insert("models", [line])
 
         lake.commit(books)

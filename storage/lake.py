@@ -6,7 +6,7 @@
     weights    recipe, mixture, group, documents, tokens, share, weight, epochs, ...   what each mixture drew
     mixtures   recipe, name, table, made_at, record                                    totals, drops, frozen cuts
     seen       table, shard, input                                                     what a reduce has read
-    models     model, path, input, digest, made_at, record                             what the recipe trained
+    models     name, model, path, input, digest, made_at, record                       what recipes trained
     runs       run, recipe, started, ended, state, code, snapshot, resolved, counts, seconds
     <entry>__<fingerprint8>     one table per documents, rejects, score and mixture
 
@@ -43,7 +43,8 @@ BOOKS = {
     "weight DOUBLE, epochs DOUBLE, taken_documents BIGINT, taken_tokens BIGINT",
     "mixtures": 'recipe VARCHAR, name VARCHAR, "table" VARCHAR, made_at TIMESTAMPTZ, record JSON',
     "seen": '"table" VARCHAR, shard VARCHAR, input VARCHAR',
-    "models": "model VARCHAR, path VARCHAR, input VARCHAR, digest VARCHAR, made_at TIMESTAMPTZ, record JSON",
+    "models": "name VARCHAR, model VARCHAR, path VARCHAR, input VARCHAR, digest VARCHAR, made_at TIMESTAMPTZ, "
+    "record JSON",
     "runs": "run VARCHAR, recipe VARCHAR, started TIMESTAMPTZ, ended TIMESTAMPTZ, state VARCHAR, code VARCHAR, "
     "snapshot BIGINT, resolved JSON, counts JSON, seconds JSON",
 }

@@ -201,7 +201,7 @@ def report(options: argparse.Namespace, lake: Lake, wall: float, cpu: float) -> 
     pairs["other"] = halves(last, options.other, (0, 1)), halves(last, options.other, (2, 3))
 
     for epochs in EPOCHS:
-        asked = f"SELECT record FROM models WHERE starts_with(model, 'epochs_{epochs}__')"
+        asked = f"SELECT record FROM models WHERE name = 'epochs_{epochs}'"
         record = json.loads(lake.query(asked)["record"][0].as_py())
         loss = " and ".join(f"{-values(half[epochs], 'loss').mean():.3f}" for half in (trained, unseen))
         print(
