@@ -107,9 +107,8 @@ class Hasher:
         letters[ends - 1] = False
         spelled[letters] = codes[within]
         powers, inverses = words.powers_of_base(1 << (len(spelled) - 1).bit_length())
-        tokens = np.add.reduceat(spelled * powers[: len(spelled)], begins) * inverses[begins] + (ends - begins).astype(
-            np.uint64
-        )
+        sums = np.add.reduceat(spelled * powers[: len(spelled)], begins)
+        tokens = sums * inverses[begins] + (ends - begins).astype(np.uint64)
 
         # [n-grams] of all orders, one order after the other: hash, index of the first token, tokens, text.
         keys, starts, orders, owners = [], [], [], []
@@ -125,7 +124,7 @@ class Hasher:
         found = self._looked_up(np.concatenate(keys), first, first + np.concatenate(orders), spelled, begins)
 
         counts = np.bincount(owner, minlength=len(texts))
-        found = found[np.argsort(owner.astype(np.uint16), kind="stable")]
+        found = found[np.argsort(owner.astype(np.min_scalar_type(len(texts))), kind="stable")]
         for end, count in zip(np.cumsum(counts).tolist(), counts.tolist(), strict=True):
             found[end - count : end].sort(kind="stable")  # of 16 bits: a radix sort
         return counts, found
