@@ -43,6 +43,7 @@ class Item:
 class Chosen:
     """What steps 1 and 2 leave: the scratch files, the cuts (as SQL and as numbers), tokens and documents by group.
 
+    `losses` are those of a weights entry that names models: per group the documents compared, per model bits per byte.
     `evaluated` is the SQL of all scratch files, `within` that of the candidates in them, with the cuts applied.
     """
 
@@ -52,6 +53,7 @@ class Chosen:
     within: str
     cuts: Mapping[str, float | None]
     totals: pa.Table
+    losses: pa.Table | None
 
 
 @contextmanager
@@ -87,9 +89,13 @@ def chosen(run: Run, name: str, seed: int) -> Iterator[Chosen]:
             space.run(f"CREATE TEMP TABLE choices AS {sql('choices', direction=direction, holdout=selected.holdout)}")
             space.run(f"CREATE TEMP VIEW chosen AS {sql('chosen', holdout=selected.holdout)}")
             totals = space.read(sql("totals")).read_all()
+            losses = None
+            if selected.losses:
+                names = ["group", "documents", *(model for model, _ in selected.losses)]
+                losses = space.read(_losses(selected)).read_all().rename_columns(names)
             pq.write_table(space.read("FROM choices ORDER BY doc_id").read_all(), scratch / "choices.parquet")
         frozen = {column.sql: cut for (column, _, _), cut in zip(selected.best, cuts, strict=True)}
-        yield Chosen(items, scratch, evaluated, _within(selected, cuts), frozen, totals)
+        yield Chosen(items, scratch, evaluated, _within(selected, cuts), frozen, totals, losses)
 
 
 def make_candidates(
@@ -156,11 +162,28 @@ def _candidates(graph: Graph, name: str, seed: int) -> tuple[str, dict[str, set[
             f"CAST({column.sql} AS DOUBLE) AS best_{i}, {keep} AND NOT ({_scored(column)}) AS free_{i},\n"
             for i, column in enumerate(best)
         ),
+        losses="".join(
+            f"CAST({entry}.nats AS DOUBLE) AS nats_{i}, "
+            f"round({entry}.nats / (ln(2) * nullif({entry}.bits_per_byte, 0))) AS bytes_{i},\n"
+            for i, (_, entry) in enumerate(selected.losses)
+        ),
         flags="".join(f'({" OR ".join(tests)}) AS "?{entry}",\n' for entry, tests in sorted(waits.items())),
         seed=seed,
         rows=f"({layered(graph, needed, 'shard')})",
     )
     return query, needed
+
+
+def _losses(selected: Selected) -> str:
+    """The SQL of bits per byte per group and model. A document's bytes are exact: they are an integer, read off two
+    losses that agree to seven digits."""
+    models = range(len(selected.losses))
+    return sql(
+        "losses",
+        there=", ".join(f"count(bytes_{i}) > 0 AS there_{i}" for i in models),
+        sums=", ".join(f"sum(nats_{i}) / (ln(2) * sum(bytes_{i})) AS loss_{i}" for i in models),
+        compared=" AND ".join(f"(bytes_{i} IS NOT NULL OR NOT there_{i})" for i in models),
+    )
 
 
 def _entries(expression: Expression) -> list[str]:

@@ -34,6 +34,8 @@ from storage.sql import check_query, named, nearest
 ADOPTED = {"double": pa.float64(), "bigint": pa.int64(), "boolean": pa.bool_(), "varchar": pa.string()}
 RULES = Path(__file__).parent / "rules"
 Kind = Literal["map", "columns", "reduce", "rules", "adopted"]
+LOSSES = ("nats", "bits_per_byte")
+"""The columns of a language_model entry that losses of groups are made from."""
 SCORED: tuple[Kind, ...] = ("map", "columns", "reduce")
 
 
@@ -71,7 +73,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Selected:
-    """A selection with its expressions checked. `best`, `prefer`, `order_by`: True where the high end is good."""
+    """A selection with its expressions checked. `best`, `prefer`, `order_by`: True where the high end is good.
+
+    `losses`: per model the language_model entry that has its losses.
+    """
 
     tokens: Expression
     group: Expression
@@ -83,12 +88,14 @@ class Selected:
     holdout: float
     copies: Expression | None = None
     order_by: tuple[Expression, bool] | None = None
+    losses: tuple[tuple[str, str], ...] = ()
 
     @property
     def references(self) -> set[tuple[str | None, str]]:
         parts = [self.tokens, self.group, self.where, self.one_per, self.copies, *(b[0] for b in self.best)]
         parts += [ordered[0] for ordered in (self.prefer, self.order_by) if ordered]
-        return {reference for part in parts if part for reference in part.references}
+        found = {reference for part in parts if part for reference in part.references}
+        return found | {(entry, column) for _, entry in self.losses for column in LOSSES}
 
 
 @dataclass(frozen=True)
@@ -431,10 +438,29 @@ class Graph:
         order_by = self._order(f"{place}.order_by", order) if order is not None else None
         if selection.prefer is not None and selection.one_per is None:
             self._problems.append(f"{place}.prefer: chooses within a cluster; say which with one_per")
+        losses = tuple(sorted(getattr(selection, "losses", {}).items()))
+        for model, entry in losses:
+            if lacking := sorted(set(LOSSES) - set(self.scope.entries.get(entry, ()))):
+                there = nearest(entry, self.entries)
+                lack = (
+                    f"has no column {lacking[0]!r}; add it to its measures" if entry in self.entries else "is not there"
+                )
+                self._problems.append(f"{place}.losses.{model}: the entry {entry!r} {lack}{there}")
+                return None
         if tokens is None or group is None:
             return None
         return Selected(
-            tokens, group, where, selection.unscored, tuple(best), one_per, prefer, selection.holdout, curve, order_by
+            tokens,
+            group,
+            where,
+            selection.unscored,
+            tuple(best),
+            one_per,
+            prefer,
+            selection.holdout,
+            curve,
+            order_by,
+            losses,
         )
 
     def _expression(self, place: str, text: str) -> Expression | None:

@@ -25,8 +25,10 @@ import pyarrow.parquet as pq
 
 from pipelines.best_first import best_first
 from pipelines.choose import Chosen, Item, chosen, sections, sql
+from pipelines.correlate import correlate
 from pipelines.execute import Resources
 from pipelines.run import Counts, Run, wanted
+from scorers.base import digest
 from scorers.domains import weights as weighers
 from storage.errors import RecipeError
 from storage.lake import run_sql, to_json
@@ -43,6 +45,9 @@ MIXTURE = pa.schema(
         pa.field("instead", pa.int64()),
     ]
 )
+
+_UNESTIMATED = (None, None, None, None)
+"""The last columns of `weights` where no method estimated anything."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +70,26 @@ def weigh(run: Run, name: str) -> Counts:
         shares, total = weighers.given(groups, weights.share)
         rows = [(group, 0, 0, None, float(share)) for group, share in zip(groups, shares, strict=True)]
         record: dict[str, Any] = {"sum_as_given": total}
+        estimates = [_UNESTIMATED] * len(rows)
     else:
         with chosen(run, name, run.graph.recipe.seed) as found:
             tokens = found.totals.column("tokens").to_numpy().astype(float)
             if not tokens.sum():
                 raise RecipeError(f"weights.{name}: no tokens among the candidates; look at its where")
-            natural = weighers.natural(tokens)
-            shares = natural if weights.temperature is None else weighers.temperature(tokens, weights.temperature)
+            shares = natural = weighers.natural(tokens)
+            if weights.temperature is not None:
+                shares = weighers.temperature(tokens, weights.temperature)
             columns = [found.totals.column(c).to_pylist() for c in ("group", "documents", "tokens")]
+            record, estimates = {"cuts": dict(found.cuts)}, [_UNESTIMATED] * len(tokens)
+            if weights.method == "perplexity_correlation":
+                try:
+                    shares, book, told = correlate(weights, columns[0], tokens, found.losses, run.graph.recipe.seed)
+                except RecipeError as error:
+                    raise RecipeError(*(f"weights.{name}: {problem}" for problem in error.problems)) from None
+                record, estimates = record | told, list(zip(*book, strict=True))
             rows = list(zip(*columns, natural.tolist(), shares.tolist(), strict=True))
-            record = {"cuts": dict(found.cuts)}
-    lines = [(run.graph.recipe.name, name, *row, None, None, None) for row in rows]
+    mine = (run.graph.recipe.name, name)
+    lines = [(*mine, *row, None, None, None, *more) for row, more in zip(rows, estimates, strict=True)]
     _keep(run, name, "", {"key": key, "method": weights.method, **record}, lines)
     return {"groups": len(lines), "reused": False, **record}
 
@@ -141,7 +155,7 @@ def mix(run: Run, name: str) -> Counts:
         columns = [found.totals.column(c).to_pylist() for c in ("group", "documents", "tokens")]
         columns += [natural.tolist(), weights.tolist(), epochs.tolist()]
         columns += [[taken[group] for group in groups], [tokens[group] for group in groups]]
-        lines = [(graph.recipe.name, name, *row) for row in zip(*columns, strict=True)]
+        lines = [(graph.recipe.name, name, *row, *_UNESTIMATED) for row in zip(*columns, strict=True)]
         _keep(run, name, table, record, lines, [result.file for _, result in drawn])
     return totals
 
@@ -247,8 +261,11 @@ def made_from(run: Run, name: str) -> str:
     entries = sorted({entry for entry, _ in selected.references if entry}) if selected else []
     mixture = graph.recipe.mixtures.get(name)
     definition = mixture or graph.recipe.weights[name]
+    contents = [
+        digest(path) for path in (getattr(definition, "matrix", None), getattr(definition, "errors", None)) if path
+    ]
     # `selected` also says which end of a column is good, which a scorer of the user's own may change its mind about.
-    parts: list[Any] = [definition.model_dump(mode="json"), graph.recipe.seed, repr(selected), sections()]
+    parts: list[Any] = [definition.model_dump(mode="json"), graph.recipe.seed, repr(selected), sections(), *contents]
     parts += [wanted(shard.sha256, shard.shard) for shard in run.documents().values()]
     parts += [run.key(entry) for entry in entries]
     if mixture and mixture.weights:

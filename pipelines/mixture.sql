@@ -16,6 +16,7 @@ SELECT
     {order_by} AS ordered,
     CAST({copies} AS DOUBLE) AS curve,
     {best}
+    {losses}
     {flags}
     (md5_number_upper(text_hash || ':' || {seed}) >> 11) / 9007199254740992.0 AS draw,
     (md5_number_upper(text_hash || ':holdout:' || {seed}) >> 11) / 9007199254740992.0 AS held
@@ -62,6 +63,14 @@ SELECT
     min(ordered) AS low,
     max(ordered) AS high
 FROM chosen WHERE dropped IS NULL GROUP BY "group" ORDER BY "group"
+
+-- [losses] per group and model the bits per byte, over `chosen`: sums of nats over sums of bytes
+-- Models that have a group at all are compared on those of its documents that all of them have.
+WITH there AS (SELECT "group", {there} FROM chosen WHERE dropped IS NULL GROUP BY "group")
+SELECT "group", count(*) AS documents, {sums}
+FROM chosen JOIN there USING ("group")
+WHERE dropped IS NULL AND {compared}
+GROUP BY "group" ORDER BY "group"
 
 -- [chosen] per shard or over all: candidates with what the choices dropped
 SELECT

@@ -27,6 +27,8 @@ from pydantic import (
 
 from scorers import SCORERS
 from scorers.base import FilePath, Spec
+from scorers.correlation import Estimator, Measure, Missing
+from scorers.domains.projection import Projection
 from scorers.lm.training import Training
 from storage.errors import RecipeError
 from storage.paths import beside_recipe
@@ -140,12 +142,28 @@ class Weights(Selection):
     """[weights.x]: the share of tokens that each group shall have.
 
     natural: as available. temperature: share^(1/temperature), renormalised. given: as said in `share`.
+    perplexity_correlation: most to the groups on which better models have lower losses (scorers.correlation).
     """
 
     tokens: str = ""
-    method: Literal["natural", "temperature", "given"]
+    method: Literal["natural", "temperature", "given", "perplexity_correlation"]
     temperature: Annotated[float, Field(gt=0)] | None = None
     share: Mapping[str, Annotated[float, Field(ge=0)]] = {}
+    losses: Mapping[str, Name] = {}
+    """Per model, as `errors` calls it, a language_model entry with the measures nats and bits_per_byte."""
+    matrix: FilePath | None = None
+    """In place of `losses`: CSV or Parquet, a line per group, a column per model, bits per byte."""
+    errors: FilePath | None = None
+    """CSV or Parquet, a line per benchmark, a column per model."""
+    benchmarks: Mapping[str, Measure] = {}
+    """Which lines of `errors` count, and what each holds: errors and accuracies are averaged, perplexities ranked."""
+    estimator: Estimator = "spearman"
+    projection: Projection = "linear"
+    missing: Missing | None = None
+    """What to do where a model lacks a group or an error: drop_model, drop_text (the group) or pairwise."""
+    budget_tokens: Annotated[int, Field(gt=0)] | None = None
+    max_epochs: Annotated[float, Field(gt=0)] | None = None
+    """A weight is at most max_epochs (1 when left out) times the group's tokens over budget_tokens."""
 
     def problems(self) -> Iterator[str]:
         if (self.method == "temperature") != (self.temperature is not None):
@@ -154,6 +172,23 @@ class Weights(Selection):
             yield 'share: goes with method = "given", and only with it'
         if self.method != "given" and not self.tokens:
             yield 'tokens: name the column to count in, for instance "tokens.n"'
+        learned = ("losses", "matrix", "errors", "benchmarks", "estimator", "projection", "missing", "budget_tokens")
+        if self.method != "perplexity_correlation":
+            for field in (*learned, "max_epochs"):
+                if getattr(self, field) != type(self).model_fields[field].default:
+                    yield f'{field}: goes with method = "perplexity_correlation", and only with it'
+        else:
+            if bool(self.losses) == (self.matrix is not None):
+                yield 'losses: name the models, { MODEL = "ENTRY", ... }, or a matrix = "FILE"; one of the two'
+            if not self.benchmarks:
+                yield 'benchmarks: say what to predict, { BENCHMARK = "accuracy" }, or "error", or "perplexity"'
+            if self.errors is None:
+                yield "errors: name the file of benchmark results, a line per benchmark and a column per model"
+            if self.budget_tokens is None:
+                yield "budget_tokens: say for how many tokens; no group is to be repeated beyond max_epochs"
+            for field, path in (("matrix", self.matrix), ("errors", self.errors)):
+                if path is not None and not Path(path).is_file():
+                    yield f"{field}: no file {path!r}; correct the path"
         if self.share and not sum(self.share.values()):
             yield "share: sums to 0; give some group a share of the tokens"
         if self.method == "given":

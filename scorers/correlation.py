@@ -30,6 +30,7 @@ from storage.errors import RecipeError
 
 Array = NDArray[np.float64]
 Estimator = Literal["product", "sign", "sign_cdf", "sign_sign", "spearman"]
+Measure = Literal["error", "accuracy", "perplexity"]
 Missing = Literal["drop_model", "drop_text", "pairwise"]
 
 LEAST = 3
@@ -74,8 +75,8 @@ def observed(
         raise ValueError(f"losses {losses.shape} and errors {errors.shape} must be [models, texts] and [models]")
 
     def at(row: int, column: int | None = None) -> str:
-        model = f"model {models[row] if models else row!r}"
-        return model if column is None else f"{model}, text {texts[column] if texts else column!r}"
+        model = f"model {models[row] if models else int(row)!r}"
+        return model if column is None else f"{model}, text {texts[column] if texts else int(column)!r}"
 
     for row, column in np.argwhere(np.isinf(losses) | (losses < 0))[:1]:
         raise RecipeError(f"{at(row, column)}: a loss of {losses[row, column]:g}; take out the model or the text")
@@ -105,6 +106,33 @@ def observed(
     kept = np.flatnonzero(rows), np.flatnonzero(columns)
     dropped = int((~rows).sum()), int((~columns).sum())
     return Observed(losses[np.ix_(*kept)], errors[rows], *kept, count, *dropped)
+
+
+def benchmark_error(
+    values: Array, benchmarks: Sequence[str], measures: Sequence[Measure], models: Sequence[str] = ()
+) -> Array:
+    """One error per model [models] out of benchmarks [benchmarks, models]; low is good, NaN is NULL.
+
+    An accuracy a is the error 1 - a; both are from 0 to 1, and their mean is taken. A perplexity has no scale in common
+    with them and would outweigh them all: where there is one, the mean is over ranks, (rank - 1/2) / models, of every
+    benchmark. A model that lacks a benchmark has no error. RecipeError: a value that its measure cannot have.
+    """
+    errors = np.array(values, float)
+    for row, (benchmark, measure) in enumerate(zip(benchmarks, measures, strict=True)):
+        wrong = errors[row] < 0 if measure == "perplexity" else (errors[row] < 0) | (errors[row] > 1)
+        for column in np.flatnonzero(wrong | np.isinf(errors[row]))[:1]:
+            model = models[column] if models else int(column)
+            raise RecipeError(
+                f"benchmark {benchmark!r}, model {model!r}: {errors[row, column]:g} is no {measure}; "
+                "errors and accuracies are from 0 to 1, perplexities above 0"
+            )
+        if measure == "accuracy":
+            errors[row] = 1.0 - errors[row]
+    if "perplexity" in measures:
+        for row in errors:
+            there = ~np.isnan(row)
+            row[there] = (_doubled_ranks(row[there, None])[0] - 1.0) / (2 * there.sum())
+    return np.asarray(errors.mean(axis=0))
 
 
 def estimate(losses: Array, errors: Array, estimator: Estimator = "spearman") -> Array:

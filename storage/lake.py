@@ -40,7 +40,8 @@ BOOKS = {
     "shards": '"table" VARCHAR, shard VARCHAR, path VARCHAR, rows BIGINT, sha256 VARCHAR, input VARCHAR',
     "ledger": '"table" VARCHAR, file BIGINT, records BIGINT, documents BIGINT, rejects BIGINT',
     "weights": 'recipe VARCHAR, mixture VARCHAR, "group" VARCHAR, documents BIGINT, tokens BIGINT, share DOUBLE, '
-    "weight DOUBLE, epochs DOUBLE, taken_documents BIGINT, taken_tokens BIGINT",
+    "weight DOUBLE, epochs DOUBLE, taken_documents BIGINT, taken_tokens BIGINT, "
+    "estimate DOUBLE, rank BIGINT, low DOUBLE, high DOUBLE",
     "mixtures": 'recipe VARCHAR, name VARCHAR, "table" VARCHAR, made_at TIMESTAMPTZ, record JSON',
     "seen": '"table" VARCHAR, shard VARCHAR, input VARCHAR',
     "models": "name VARCHAR, model VARCHAR, path VARCHAR, input VARCHAR, digest VARCHAR, made_at TIMESTAMPTZ, "

@@ -242,11 +242,13 @@ def test_recipes_compile(tmp_path: Path) -> None:
     models = tmp_path / "models"
     (models / "gpt2").mkdir(parents=True)
     (models / "gpt2" / "tokenizer.json").write_text("{}")
-    (models / "pythia-160m.gguf").write_bytes(b"GGUF")
+    for size in (70, 160, 410):
+        (models / f"pythia-{size}m.gguf").write_bytes(b"GGUF")
     (models / "tasks.jsonl").write_text("{}")
     (tmp_path / "targets").mkdir()
     for name in ("wiki", "code"):
         (tmp_path / "targets" / f"{name}.jsonl").write_text('{"text": "a word"}')
+    (models / "results.csv").write_text("benchmark,pythia-70m\n")
     recipes = list(fenced("toml"))
     assert recipes
     sys.path.insert(0, str(tmp_path))

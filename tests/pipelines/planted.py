@@ -1,5 +1,6 @@
 """Scorers of a user's own, for tests: values that stand in the documents' metadata, and arithmetic over them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -54,6 +55,29 @@ class Halves(Planted):
     def build(self, device: str = "cpu") -> Staged[pa.RecordBatch]:
         whole = super().build(device)
         return Staged(whole, lambda scores: scores) if self.half == "prepare" else Staged(lambda batch: batch, whole)
+
+
+class Losses(MapSpec):
+    """As a language_model entry: `nats` is the metadata's `field`, of all the text's bytes; NULL where it has none."""
+
+    scorer: str
+    field: str
+
+    reads: ClassVar[tuple[str, ...]] = ("metadata", "n_bytes")
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (Column("nats", pa.float64(), "planted", "nats"), Column("bits_per_byte", pa.float32(), "", "bits/byte"))
+
+    def build(self, device: str = "cpu") -> Score:
+        def score(documents: pa.RecordBatch) -> pa.RecordBatch:
+            rows = zip(documents["metadata"].to_pylist(), documents["n_bytes"].to_pylist(), strict=True)
+            found = [(orjson.loads(text or "{}").get(self.field), n_bytes) for text, n_bytes in rows]
+            nats = pa.array([nats for nats, _ in found], pa.float64())
+            bits = [None if nats is None else nats / (math.log(2) * n_bytes) for nats, n_bytes in found]
+            return pa.record_batch([nats, pa.array(bits, pa.float32())], names=["nats", "bits_per_byte"])
+
+        return score
 
 
 class Twice(ColumnsSpec):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scorers.correlation import Array, Estimator, estimate, held_out, intervals, observed
+from scorers.correlation import Array, Estimator, benchmark_error, estimate, held_out, intervals, observed
 from scorers.domains.projection import PROJECTIONS, l2, linear
 from storage.errors import RecipeError
 
@@ -232,6 +232,21 @@ def test_bad_input_is_named() -> None:
         observed(X, np.array([0.1, 0.2, np.inf, 0.3, 0.4]), **names)
     with pytest.raises(RecipeError, match="no text has the losses of all models"):
         observed(np.where(np.eye(5, 4) + np.eye(5, 4, 1) > 0, np.nan, X), Y, "drop_text")
+
+
+def test_benchmarks_become_one_error() -> None:
+    values = np.array([[0.9, 0.5, 0.7, 0.6], [0.2, 0.4, 0.4, np.nan], [5.0, 1e6, 30.0, 7.0]])
+    names, models = ["arc", "wrong", "lambada"], ["a", "b", "c", "d"]
+    assert benchmark_error(values[:1], names[:1], ["accuracy"]) == pytest.approx([0.1, 0.5, 0.3, 0.4])
+    two = benchmark_error(values[:2], names[:2], ["accuracy", "error"])
+    assert two == pytest.approx([0.15, 0.45, 0.35, np.nan], nan_ok=True)
+    mixed = benchmark_error(values, names, ["accuracy", "error", "perplexity"])
+    ranks = np.array([[0.5, 3.5, 1.5, 2.5], [0.5, 2, 2, np.nan], [0.5, 3.5, 2.5, 1.5]]) / [[4], [3], [4]]
+    assert mixed == pytest.approx(ranks.mean(axis=0), nan_ok=True)
+    with pytest.raises(RecipeError, match="benchmark 'lambada', model 'a': 5 is no accuracy"):
+        benchmark_error(values[2:], names[2:], ["accuracy"], models)
+    with pytest.raises(RecipeError, match="model 1: -3 is no perplexity"):
+        benchmark_error(np.array([[2.0, -3.0]]), ["p"], ["perplexity"])
 
 
 def test_intervals_are_seeded_and_hold_what_is_true() -> None:
