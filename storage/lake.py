@@ -112,7 +112,12 @@ class Lake:
         con.execute(f"USE lake.{name(schema)}")
         relations = [row[0] for row in self._rows_of(con, _VIEWS, [schema])]
         macros = [row[0] for row in self._rows_of(con, _TABLE_MACROS, [schema])]
-        sql.check_query(query, relations, macros)
+        sql.check_query(query, relations, MACROS)
+        if not macros and any(call in MACROS for call, _ in sql.named(query).calls):
+            raise QueryError(
+                f"no mixture of {schema} is made; write one into the recipe, then: corpusmill mix RECIPE "
+                f"--lake {self.folder}"
+            )
         sql.lock(con, self.data)
         try:
             reader: pa.RecordBatchReader = con.execute(query).to_arrow_reader(rows)

@@ -74,8 +74,9 @@ def test_names_that_the_recipe_no_longer_has_go(full):
     full.run(full.recipe(scores={"gopher": {"scorer": "gopher"}}, mixtures=mixture))
     full.run(full.recipe())
     assert set(full.lake.tables("test")) == BOOKS | {"documents", "rejects", "corpus"}
-    with pytest.raises(QueryError):
-        full.lake.query("SELECT * FROM mixture('main')")
+    for macro in ("mixture", "explain"):
+        with pytest.raises(QueryError, match=r"no mixture of test is made; .* corpusmill mix RECIPE --lake"):
+            full.lake.query(f"SELECT * FROM {macro}('main')")
 
 
 def test_two_recipes_of_one_lake_keep_their_own_names_apart(full):
