@@ -75,7 +75,9 @@ def train(
     sequences = corpus.sequences(context)
     settings = resolve(training, parameters=_multiplied(model), context=context, epoch=sequences)
     learner = Learner(model, settings, device)
-    checkpoint = Checkpoint(Path(work, "checkpoint.safetensors"), json.dumps([repr(training), seed, corpus.key]))
+    checkpoint = Checkpoint(
+        Path(work, "checkpoint.safetensors"), json.dumps([asdict(settings), repr(training), seed, corpus.key])
+    )
     progress = checkpoint.read(learner) or Progress(micro=learner.micro)
     learner.micro = progress.micro
 
