@@ -6,6 +6,7 @@ SCORERS = {
     "gopher": "scorers.quality.gopher:Gopher",
     "duplicates": "scorers.duplicates.minhash:Duplicates",
     "fasttext": "scorers.classifiers.fasttext:FastText",
+    "sequence_classifier": "scorers.classifiers.transformer:SequenceClassifier",
     "dsir": "scorers.classifiers.dsir:DSIR",
     "language_model": "scorers.lm.measures:LanguageModel",
     "color_filter": "scorers.lm.color_filter:ColorFilter",

@@ -39,6 +39,7 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 NEEDED = {
     "tokens": {"tokenizer": "tokenizer.json"},
     "fasttext": {"model": "model.bin", "label": "__label__hq"},
+    "sequence_classifier": {"model": "model"},
     "language_model": {
         "model": "model",
         "measures": get_args(Measure),

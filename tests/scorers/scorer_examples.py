@@ -55,6 +55,36 @@ def fasttext(folder: Path) -> dict[str, Any]:
     return {"model": fasttext_file(folder), "label": "__label__good"}
 
 
+def classifier_folder(folder: Path, *labels: str, positions: int = 64, **config: Any) -> str:
+    """A BERT of two layers with random weights, seeded and wide; without labels it has one output."""
+    import torch
+    from tokenizers import Tokenizer, processors
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_file(tokenizer_file(folder))
+    tokenizer.add_special_tokens(["[CLS]", "[SEP]"])
+    special = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config |= {"id2label": dict(enumerate(labels))} if labels else {"num_labels": 1}
+    bert = BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        max_position_embeddings=positions,
+        pad_token_id=1,
+        initializer_range=0.3,
+        **sizes,
+        **config,
+    )
+    BertForSequenceClassification(bert).save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def sequence_classifier(folder: Path) -> dict[str, Any]:
+    return {"model": classifier_folder(folder, "Good", "very bad", "so-so"), "labels": ["Good", "so-so"]}
+
+
 def language_model(folder: Path) -> dict[str, Any]:
     """Two layers with random weights, seeded."""
     import torch
@@ -112,6 +142,7 @@ EXAMPLES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "gopher": no_parameters,
     "duplicates": no_parameters,
     "fasttext": fasttext,
+    "sequence_classifier": sequence_classifier,
     "dsir": dsir,
     "language_model": language_model,
     "color_filter": color_filter,
