@@ -33,7 +33,7 @@ Buckets = Annotated[int, Field(ge=2, lt=1 << 16)]
 SPACE, WORD, PUNCTUATION = 0, 1, 2
 SLOT_BITS = 21
 """2^21 slots take 24 MB, and hold the n-grams that come often; a worker has one table."""
-BUCKET_BITS = np.uint64(16)
+BUCKET_BITS, LARGEST = np.uint64(16), np.uint64((1 << 16) - 1)
 
 
 class HashedNgrams(MapSpec):
@@ -105,9 +105,9 @@ class Hasher:
         spelled = np.full(ends[-1], ord(" "), np.uint32)
         letters = np.ones(len(spelled), bool)
         letters[ends - 1] = False
-        spelled[letters] = codes[within]
+        spelled[np.flatnonzero(letters)] = codes[np.flatnonzero(within)]  # faster than by the masks themselves
         powers, inverses = words.powers_of_base(1 << (len(spelled) - 1).bit_length())
-        sums = np.add.reduceat(spelled * powers[: len(spelled)], begins)
+        sums = np.diff(np.cumsum(spelled * powers[: len(spelled)])[ends - 1], prepend=np.uint64(0))
         tokens = sums * inverses[begins] + (ends - begins).astype(np.uint64)
 
         # [n-grams] of all orders, one order after the other: hash, index of the first token, tokens, text.
@@ -149,7 +149,7 @@ class Hasher:
         tags = keys << BUCKET_BITS
         found = self._slots[slots]
         found ^= tags
-        missing = np.flatnonzero(found >> BUCKET_BITS)
+        missing = np.flatnonzero(found > LARGEST)
         while len(missing):
             # One n-gram for each slot. What else wanted the slot is the same n-gram, or waits for the next round.
             place, rank = slots[missing], np.arange(len(missing), dtype=np.int32)
@@ -158,7 +158,7 @@ class Hasher:
             fresh = _buckets(utf8, offsets[first[one]], offsets[beyond[one]] - 1, self.buckets)
             self._slots[slots[one]] = tags[one] | fresh
             found[missing] = self._slots[place] ^ tags[missing]
-            missing = missing[found[missing] >> BUCKET_BITS != 0]
+            missing = missing[found[missing] > LARGEST]
         return found.astype(np.uint16)
 
 
