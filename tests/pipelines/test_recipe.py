@@ -330,6 +330,7 @@ def scorer_parameters(folder: Path) -> dict[str, dict[str, Any]]:
         "tokens": {"tokenizer": model},
         "fasttext": {"model": model, "label": "__label__hq", "profile": "dclm"},
         "language_model": {"model": model, "measures": ["nats_per_token", "min_k"], "where": "gopher.n_words > 3"},
+        "sequence_classifier": {"model": model},
         "dsir": {"targets": {"own": model}},
         "color_filter": {"inputs": columns},
         "preselect": {"inputs": dict.fromkeys("abc", "language_model.nats"), "ability": {"a": 1, "b": 2, "c": 3}},
