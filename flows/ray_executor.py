@@ -289,7 +289,7 @@ class _Pool(Generic[Item, Result]):
         """Raises what keeps every worker from its work; goes on with fewer when there is no room for one more."""
         self.lost_loading = self.lost_loading + 1 if lost else 0
         if self.lost_loading == ATTEMPTS:
-            self.size, self.lost_loading = sum(worker.ready for worker in self.workers), 0
+            self.size, self.lost_loading = len(self.workers) - 1, 0  # the others may yet come through
             if not self.size:
                 raise ShardError(f"{ATTEMPTS} workers died before their first item; fewer workers need less memory")
         if isinstance(tried, Raised) and not lost:
