@@ -44,7 +44,7 @@ def correlate(
         raise RecipeError(f"losses: {weights.errors} has no column {absent[0]!r}; it has {', '.join(columns)}")
     rows = [benchmarks.index(benchmark) for benchmark in weights.benchmarks]
     wrong = benchmark_error(errors[rows], list(weights.benchmarks), list(weights.benchmarks.values()), columns)
-    known = [model for model in models if model in columns]
+    known = sorted(set(models) & set(columns))  # draws and folds do not hang on the order of columns
     x = _lined_up(groups, names, matrix)[:, [models.index(model) for model in known]].T
     seen = observed(x, wrong[[columns.index(model) for model in known]], weights.missing, known, list(groups))
 

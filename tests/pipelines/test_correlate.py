@@ -30,12 +30,12 @@ def pages(job):
             rows.append({"text": (group + " ").ljust(n_bytes, "x"), "url": f"http://{group}.org/{n_bytes}", **losses})
     job.write("pool/a.jsonl", rows)
     errors(job, ACCURACY)
-    # groups in another order, one that no document has, and a model that nobody asked about
-    groups, values = ["gone", *reversed(NATS)], matrix(["ranks", *reversed(NATS)])
+    # groups and models in another order, one that no document has, and a model that nobody asked about
+    groups, values = ["gone", *reversed(NATS)], matrix(["ranks", *reversed(NATS)])[::-1]
     lines = [
         f"{group}.org,1.5,{','.join(map(repr, bits))}" for group, bits in zip(groups, values.T.tolist(), strict=True)
     ]
-    (job.folder / "bpb.csv").write_text("\n".join([",".join(["group", "other", *MODELS]), *lines]))
+    (job.folder / "bpb.csv").write_text("\n".join([",".join(["group", "other", *MODELS[::-1]]), *lines]))
     return job
 
 
@@ -105,8 +105,9 @@ def test_groups_on_which_better_models_have_lower_losses_are_taken_first(pages):
 
 def test_a_file_gives_the_same_weights(pages):
     pages.run(scored(pages), STAGES)
-    found = book(pages)
+    found, ranks = book(pages), record(pages)["held_out"]
     pages.run(recipe(pages), ("weigh",))
+    assert record(pages)["held_out"] == pytest.approx(ranks)
     assert record(pages)["models_without_errors"] == 1
     assert book(pages).keys() == found.keys()
     for group, row in found.items():
@@ -149,7 +150,7 @@ def test_models_are_compared_on_the_documents_that_all_of_them_have(pages):
 
 def test_what_is_missing_is_counted(pages):
     lines = (pages.folder / "bpb.csv").read_text().replace("against.org,1.5,", "against.org,1.5,,,").splitlines()
-    lines = [",".join(line.split(",")[:8]) for line in lines]  # m0 and m1 lack a group
+    lines = [",".join(line.split(",")[:8]) for line in lines]  # m5 and m4 lack a group
     (pages.folder / "bpb.csv").write_text("\n".join(lines))
     pages.run(recipe(pages, missing="drop_text"), ("ingest", "weigh"))
     assert book(pages)["against"][:2] == [0.0, None]
