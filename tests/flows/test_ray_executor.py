@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
@@ -330,9 +329,11 @@ def run(script: str) -> subprocess.CompletedProcess[str]:
 
 
 DRIVER = """
-import os, sys, threading
+import os, signal, sys, threading
 from pathlib import Path
 from flows.ray_executor import RayExecutor
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born ignoring it
 
 def poisoned(resources):
     print("a scorer's own words")
@@ -357,18 +358,6 @@ with RayExecutor(2) as executor:
 """
 
 
-def ended(driver: subprocess.Popen[str], how: int) -> tuple[str, str]:
-    """What a driver printed that was ended by a signal. A Ctrl-C in one of Ray's own calls is lost: it is repeated."""
-    try:
-        for _ in range(3):
-            os.killpg(driver.pid, how) if how == signal.SIGINT else driver.kill()
-            with suppress(subprocess.TimeoutExpired):
-                return driver.communicate(timeout=15)
-        raise AssertionError("the driver does not end")
-    finally:
-        driver.kill()  # its workers would keep the CPUs from all other tests
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_driver_prints_nothing_of_its_own_and_leaves_no_worker(how, tmp_path):
     driver = subprocess.Popen(
@@ -382,7 +371,11 @@ def test_a_driver_prints_nothing_of_its_own_and_leaves_no_worker(how, tmp_path):
         assert driver.poll() is None, driver.stderr.read()
         time.sleep(0.05)
     services = [child.pid for child in psutil.Process(driver.pid).children()]
-    out, err = ended(driver, how)
+    try:
+        os.killpg(driver.pid, how) if how == signal.SIGINT else driver.kill()
+        out, err = driver.communicate(timeout=30)
+    finally:
+        driver.kill()  # its workers would keep the CPUs from all other tests
     assert (driver.returncode, out) == (-how, "9\n")
     assert err == "" or (how == signal.SIGINT and err.rstrip().endswith("KeyboardInterrupt"))
     gone(workers + services)
