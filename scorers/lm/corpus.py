@@ -79,13 +79,14 @@ class Corpus:
         return found
 
 
-def prepare(training: Training, texts: str, work: str, *, base: str | None, tokenizer: str | None) -> Corpus:
+def prepare(training: Training, texts: str, work: str) -> Corpus:
     """The corpus of the Parquet file `texts` in the folder `work`; what stands there of the same texts is returned.
 
-    `base` and `tokenizer` are those of `training` as paths. RecipeError for texts that give no token or no target, for
-    a tokenizer without an end-of-text token, and for a vocabulary that the texts do not hold.
+    `base` and `tokenizer` of `training` are paths here. RecipeError for texts that give no token or no target, for a
+    tokenizer without an end-of-text token, and for a vocabulary that the texts do not hold.
     """
     folder = Path(work, "corpus")
+    base, tokenizer = training.base, training.tokenizer
     made_of = [base, tokenizer, training.vocabulary, training.answers_only, os.path.getsize(texts)]
     key = json.dumps([*made_of, pq.read_metadata(texts).num_rows, training.version])
     if (folder / "corpus.json").exists():

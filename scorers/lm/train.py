@@ -38,8 +38,6 @@ def train(
     work: str,
     out: str,
     *,
-    base: str | None,
-    tokenizer: str | None,
     seed: int,
     device: str,
     threads: int,
@@ -48,7 +46,7 @@ def train(
 ) -> dict[str, Any]:
     """Trains on the Parquet file `texts` (text, prompt, heldout; in training order) and writes the folder `out`.
 
-    `base` and `tokenizer` are those of `training` as paths. `work`, a folder for this training alone, keeps the tokens,
+    `base` and `tokenizer` of `training` are paths here. `work`, a folder for this training alone, keeps the tokens,
     the checkpoint and log.jsonl (a line per logged step: step, steps, tokens, loss, lr, tokens_per_second); a run that
     finds them there goes on. `out` is complete or absent: config, float32 safetensors, tokenizer, and training.json,
     the record that is returned. Losses are in nats per target token, low is good.
@@ -63,10 +61,10 @@ def train(
     torch.set_num_threads(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
     if rank == 0:
-        prepare(training, texts, work, base=base, tokenizer=tokenizer)
+        prepare(training, texts, work)
     if world > 1:
         torch.distributed.barrier()
-    corpus = open_corpus(work)
+    corpus, base = open_corpus(work), training.base
     model = _base(base, corpus) if base is not None else _from_random(training, corpus, seed)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     context = context_of(training, positions)

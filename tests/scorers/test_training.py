@@ -64,8 +64,6 @@ def run(folder: Path, texts: str, base: str | None = None, out: str = "model", *
         texts,
         str(folder / "work"),
         str(folder / out),
-        base=base,
-        tokenizer=training.tokenizer,
         seed=5,
         device="cpu",
         threads=1,
@@ -188,7 +186,7 @@ def test_a_base_without_weights_is_told_before_any_work(tmp_path: Path) -> None:
 def test_the_tokens_are_the_documents_end_to_end(tmp_path: Path) -> None:
     documents = ["one mill", "", "naïve 🎉 stones", "x"]
     texts = write(tmp_path, [*documents, "held out"], held_out=1)
-    made = prepare(Training(**TINY | {"vocabulary": 257}), texts, str(tmp_path), base=None, tokenizer=None)
+    made = prepare(Training(**TINY | {"vocabulary": 257}), texts, str(tmp_path))
     text = load_tokenizer(made.tokenizer).decode(list(made.tokens), skip_special_tokens=False)
     assert text == "<|endoftext|>one mill<|endoftext|>naïve 🎉 stones<|endoftext|>x<|endoftext|>"
     assert (made.documents, made.empty, made.targets, made.mask) == (3, 1, made.n_tokens - 1, None)
@@ -199,7 +197,7 @@ VOCABULARY = """
 import sys
 from scorers.lm.corpus import prepare
 from scorers.lm.training import Training
-prepare(Training(size="1m", vocabulary=300), *sys.argv[1:], base=None, tokenizer=None)
+prepare(Training(size="1m", vocabulary=300), *sys.argv[1:])
 """
 
 
@@ -225,7 +223,7 @@ def test_answers_alone_are_targets(tmp_path: Path) -> None:
     prompts = ["Which mill? ", None, "Who? "]
     texts = write(tmp_path, ["The wheel.", "No prompt", "🎉"], prompts)
     training = Training(**TINY | {"vocabulary": 257, "answers_only": True})
-    made = prepare(training, texts, str(tmp_path), base=None, tokenizer=None)
+    made = prepare(training, texts, str(tmp_path))
     mask = made.mask
     assert mask is not None
     chosen = load_tokenizer(made.tokenizer).decode([int(t) for t in made.tokens[mask]], skip_special_tokens=False)
@@ -235,7 +233,7 @@ def test_answers_alone_are_targets(tmp_path: Path) -> None:
 
 def test_a_corpus_that_stands_is_kept_and_another_is_made_anew(texts: str, tmp_path: Path) -> None:
     def make(vocabulary: int) -> tuple[int, int]:
-        made = prepare(Training(size="1m", vocabulary=vocabulary), texts, str(tmp_path), base=None, tokenizer=None)
+        made = prepare(Training(size="1m", vocabulary=vocabulary), texts, str(tmp_path))
         return os.stat(Path(made.folder, "tokens.bin")).st_ino, made.vocabulary
 
     assert make(300) == make(300)
@@ -254,11 +252,11 @@ def bare_tokenizer(path: Path, special: list[str]) -> str:
 
 def test_a_given_tokenizer_ends_texts_with_its_own_token(texts: str, tmp_path: Path) -> None:
     path = bare_tokenizer(tmp_path / "tokenizer.json", ["<pad>", "</s>"])
-    made = prepare(Training(size="1m", tokenizer=path), texts, str(tmp_path), base=None, tokenizer=path)
+    made = prepare(Training(size="1m", tokenizer=path), texts, str(tmp_path))
     assert made.separator == (1,)
     assert load_pretrained(made.tokenizer).bos_token == "</s>"
     Path(tmp_path, "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<pad>"}}))
-    other = prepare(Training(size="1m", tokenizer=path), texts, str(tmp_path / "b"), base=None, tokenizer=str(tmp_path))
+    other = prepare(Training(size="1m", tokenizer=str(tmp_path)), texts, str(tmp_path / "b"))
     assert other.separator == (0,)
 
 
@@ -438,7 +436,7 @@ from scorers.lm.training import Training
 folder, texts = sys.argv[1:]
 trainer.CHECKPOINT_SECONDS = 0.0
 training = Training(size="1m", vocabulary=300, context=32, batch_tokens=128, learning_rate=3e-3)
-trainer.train(training, texts, folder + "/work", folder + "/model", base=None, tokenizer=None, seed=5, device="cpu",
+trainer.train(training, texts, folder + "/work", folder + "/model", seed=5, device="cpu",
               threads=1)
 """
 
@@ -483,7 +481,7 @@ from scorers.lm.training import Training
 folder, texts, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 training = Training(size="1m", vocabulary=300, context=32, batch_tokens=96, learning_rate=3e-3, tokens=512)
-train(training, texts, folder + "/work", folder + "/model", base=None, tokenizer=None, seed=5, device="cpu", threads=1,
+train(training, texts, folder + "/work", folder + "/model", seed=5, device="cpu", threads=1,
       rank=rank, world=2)
 torch.distributed.destroy_process_group()
 """
