@@ -97,7 +97,7 @@ def tokenize(model: Model, texts: str, work: str, resources: Resources) -> None:
     """Lays the tokens of the texts beside them."""
     from scorers.lm.corpus import prepare
 
-    prepare(model, texts, work, base=model.base, tokenizer=model.tokenizer)
+    prepare(model, texts, work)
 
 
 def fit(model: Model, texts: str, work: str, out: str, seed: int, resources: Resources) -> None:
@@ -109,8 +109,6 @@ def fit(model: Model, texts: str, work: str, out: str, seed: int, resources: Res
         texts,
         work,
         out,
-        base=model.base,
-        tokenizer=model.tokenizer,
         seed=seed,
         device=resources.device,
         threads=resources.threads,
@@ -186,17 +184,22 @@ def _watched(run: Run, name: str, log: Path) -> Iterator[None]:
     over = Event()
 
     def follow() -> None:
-        begun, seen, lines = False, 0, 0
+        seen, begin = 0, 0
         while not over.wait(1.0):
-            written = log.read_text().split("\n")[lines:-1] if log.exists() else []  # the last may be half a line
-            for line in written:
-                lines += 1
+            if not log.exists():
+                continue
+            with log.open("rb") as file:
+                file.seek(begin)
+                lines = file.read().splitlines(keepends=True)
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    break  # half a line, which is read when it is whole
                 said: Mapping[str, Any] = json.loads(line)
-                if not begun:
+                if not begin:
                     run.progress.begin(name, said["tokens"] * said["steps"] // said["step"], "tokens")
-                    begun = True
-                run.progress.advance(max(0, int(said["tokens"]) - seen))
-                seen = int(said["tokens"])
+                begin += len(line)
+                run.progress.advance(said["tokens"] - seen)
+                seen = said["tokens"]
 
     follower = Thread(target=follow, daemon=True)
     follower.start()
