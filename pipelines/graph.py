@@ -159,7 +159,8 @@ class Graph:
             )
             text = json.dumps([self.documents_fingerprint, sorted(adopted.items())])
             self._add(Entry("adopted", "adopted", columns, fingerprint=_hash(text)))
-        taken = {*self.recipe.scores, *self.recipe.rules, *self.recipe.weights, *self.recipe.mixtures, *RESERVED}
+        taken = {*self.recipe.scores, *self.recipe.rules, *self.recipe.models, *self.recipe.weights, *RESERVED}
+        taken |= self.recipe.mixtures.keys()
         for name, score in self.recipe.scores.items():
             self._problems += [_at(f"scores.{name}", problem, type(score.spec)) for problem in score.spec.problems()]
             trained = tuple(sorted(set(self._trained(f"scores.{name}", score.spec))))
