@@ -66,11 +66,9 @@ def read_shard(data: str, path: str, columns: list[str] | None = None) -> pa.Tab
 def _encodings(schema: pa.Schema) -> dict[str, object]:
     """doc_id and ascending lists as deltas; dictionaries for the rest but for what is never repeated."""
     unique = {"doc_id", "text", "text_hash", "text_key", "url", "record_id", "metadata", "offset"}
-    lists = [f"{field.name}.list.element" for field in schema if field.type == pa.list_(pa.uint16())]
-    plain = [field.name for field in schema if field.name in unique]
+    ascending = [f"{field.name}.list.element" for field in schema if field.type == pa.list_(pa.uint16())]
+    ascending += ["doc_id"] if "doc_id" in schema.names else []
     return {
         "use_dictionary": [field.name for field in schema if field.name not in unique] or False,
-        "column_encoding": {
-            name: "DELTA_BINARY_PACKED" for name in [*plain, *lists] if name == "doc_id" or name in lists
-        },
+        "column_encoding": dict.fromkeys(ascending, "DELTA_BINARY_PACKED"),
     }

@@ -31,8 +31,8 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, Self, get_args
 from pydantic import Field, model_validator
 
 from scorers.base import ModelPath, Parameters
+from scorers.lm.forward import DType
 
-DType = Literal["float32", "bfloat16"]
 SizeName = Literal["1m", "4m", "10m", "20m", "40m", "60m", "90m", "150m"]
 
 

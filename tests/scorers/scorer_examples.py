@@ -7,7 +7,9 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from scorers.lm.measures import Measure
 
 PROSE = "The water wheel turns slowly, and the stones grind barley with care."
 
@@ -99,20 +101,7 @@ def language_model(folder: Path) -> dict[str, Any]:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
     return {
         "model": str(folder / "model"),
-        "measures": [
-            "bits_per_byte",
-            "nats_per_token",
-            "nats",
-            "n_tokens",
-            "loss_quantiles",
-            "min_k",
-            "min_k_plus_plus",
-            "zlib_ratio",
-            "lowercase_ratio",
-            "token_entropy",
-            "el2n",
-            "top_k_rank_loss",
-        ],
+        "measures": list(get_args(Measure)),
         "k": [0.1, 0.2],
         "top_k": 200,
     }
