@@ -12,19 +12,17 @@ key: so a model that was trained anew is read anew.
 
 import hashlib
 import json
-import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 
 from pipelines.layers import check_types, plain_column
-from pipelines.recipe import RESERVED, Mixture, Model, Recipe, RuleSet, Selection, Weights
+from pipelines.recipe import RESERVED, Mixture, Model, Recipe, Selection, Weights
+from pipelines.rule_sets import read_rules
 from scorers.base import ColumnsSpec, MapSpec, Parameters, ReduceSpec, Spec
 from storage.errors import QueryError, RecipeError
 from storage.expressions import Expression, Scope, check_expression, check_order
@@ -32,7 +30,6 @@ from storage.schema import DOCUMENTS, Column, score_schema
 from storage.sql import check_query, named, nearest
 
 ADOPTED = {"double": pa.float64(), "bigint": pa.int64(), "boolean": pa.bool_(), "varchar": pa.string()}
-RULES = Path(__file__).parent / "rules"
 Kind = Literal["map", "columns", "reduce", "rules", "adopted"]
 LOSSES = ("nats", "bits_per_byte")
 """The columns of a language_model entry that losses of groups are made from."""
@@ -205,9 +202,10 @@ class Graph:
                 self._problems.append(f"{table}.{name}: {name!r} is a word of SQL; choose another name")
 
     def _compile_rules(self) -> None:
+        scorers = {name: getattr(score.spec, "scorer", "") for name, score in self.recipe.scores.items()}
         for name, rules in self.recipe.rules.items():
             try:
-                signals, verdict = self._rules(name, rules)
+                signals, verdict = read_rules(rules, scorers, self.scope)
             except RecipeError as error:
                 self._problems += [f"rules.{name}{'.' if p[0] == '.' else ': '}{p.lstrip('.')}" for p in error.problems]
             else:
@@ -259,44 +257,6 @@ class Graph:
         """Per role of a columns entry the (entry, column) that it reads."""
         assert isinstance(entry.spec, ColumnsSpec)
         return dict(zip(entry.spec.inputs, self._inputs(entry.name, entry.spec), strict=True))
-
-    def _rules(self, name: str, rules: RuleSet) -> tuple[str, Expression]:
-        """(signals entry, verdict); RecipeError with problems that begin with ".field: " or stand for the whole."""
-        path = Path(rules.rules) if rules.rules.endswith(".sql") else RULES / f"{rules.rules}.sql"
-        if not path.is_file():
-            known = sorted(p.stem for p in RULES.glob("*.sql"))
-            there = f"there are {', '.join(known)}, or name a file that ends in .sql"
-            raise RecipeError(f".rules: no rule set {rules.rules!r}{nearest(rules.rules, known)}; {there}")
-        text = path.read_text(encoding="utf-8")
-        defaults = {m[1]: m[2].strip() for m in re.finditer(r"^-- \$(\w+) = (.+?)(?: -- .*)?$", text, re.M)}
-        values, problems = dict(defaults), []
-        for key, value in rules.thresholds.items():
-            if key not in defaults:
-                there = f"there are {', '.join(defaults)}"
-                problems.append(f".{key}: no such threshold{nearest(key, defaults) or '; ' + there}")
-                continue
-            try:
-                values[key] = _threshold(value, defaults[key])
-            except ValueError as error:
-                problems.append(f".{key}: {error}")
-        scorer = re.search(r"^-- signals: (\w+)", text, re.M)
-        if rules.signals is not None and rules.signals not in self.entries:
-            problems.append(f".signals: no entry {rules.signals!r}{nearest(rules.signals, self.entries)}")
-        if problems:
-            raise RecipeError(*problems)
-        signals = rules.signals or self._signals(scorer[1] if scorer else "")
-        body = re.sub(r"--.*$", "", text, flags=re.M).strip().rstrip(";")
-        body = re.sub(r"^SELECT\b(.*)\bAS\s+reason$", r"\1", body, flags=re.S | re.I).strip()
-        body = re.sub(r"\$(\w+)", lambda match: values.get(match[1], match[0]), body)
-        body = re.sub(r"\bs\.(?=\w)", f"{signals}.", body)
-        return signals, check_expression(body, self.scope)
-
-    def _signals(self, scorer: str) -> str:
-        found = [name for name, score in self.recipe.scores.items() if getattr(score.spec, "scorer", "") == scorer]
-        if len(found) != 1:
-            have = f"{len(found)} entries have" if found else "no entry has"
-            raise RecipeError(f'.signals: {have} scorer = "{scorer}"; say which with signals = "ENTRY"')
-        return found[0]
 
     def _compile_models(self) -> None:
         names = ("documents", "corpus", *self.entries)
@@ -562,17 +522,6 @@ class Graph:
 def _at(place: str, problem: str, parameters: type[Parameters]) -> str:
     """A problem told of the field that it begins with, or of the whole entry."""
     return f"{place}{'.' if problem.partition(':')[0] in parameters.model_fields else ': '}{problem}"
-
-
-def _threshold(value: Any, default: str) -> str:
-    """A threshold as SQL; ValueError unless it is of the default's type (number, text, or list)."""
-    kinds: tuple[type, ...] = (str,) if default.startswith("'") else (list, tuple) if default.startswith("[") else ()
-    number = kinds == () and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number and not (kinds and isinstance(value, kinds)):
-        raise ValueError(f"{value!r} does not fit; it is {default} when left out")
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_threshold(part, "''" if isinstance(part, str) else "0") for part in value) + "]"
-    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else repr(value)
 
 
 def _hash(text: str) -> str:
