@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from scorers.base import Column, MapSpec, ModelPath, Staged
+from scorers.device import to_device
 from scorers.hub import local
 from scorers.lm.forward import DType
 from scorers.lm.tokenizer import load_pretrained, quiet
@@ -218,19 +219,10 @@ class Classifier:
         for number, row in enumerate(rows):
             ids[number, : row.size] = row
             mask[number, : row.size] = 1
+        moved = {"input_ids": to_device(ids, self._device), "attention_mask": to_device(mask, self._device)}
         with torch.inference_mode():
-            logits = self._model(input_ids=self._on_device(ids), attention_mask=self._on_device(mask)).logits
-            found: torch.Tensor = logits.float()
+            found: torch.Tensor = self._model(**moved).logits.float()
         return found
-
-    def _on_device(self, array: NDArray[np.int64]) -> "torch.Tensor":
-        """A copy that a GPU fetches by itself, while this thread goes on to the next batch."""
-        import torch
-
-        tensor = torch.from_numpy(array)
-        if self._device.type == "cuda":
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor.to(self._device)
 
 
 def _load(path: str, dtype: DType) -> Any:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from scorers.device import to_device
 from scorers.hub import local
 from scorers.lm.reading import Tokens, read
 from scorers.lm.statistics import Statistic, token_statistics
@@ -186,20 +187,11 @@ class CausalLM:
             places.append(number * length + np.arange(first + shift, ids.size + shift))
             targets.append(ids[first:])
         with torch.inference_mode():
-            moved = map(self._on_device, (inputs, np.concatenate(places), np.concatenate(targets)))
+            moved = [to_device(a, self._device) for a in (inputs, np.concatenate(places), np.concatenate(targets))]
             values = self._logits(*moved, wanted)
         self.places += inputs.size
         self.fed += sum(ids.size + shift for ids, _ in rows)
         return values
-
-    def _on_device(self, array: NDArray[np.int64]) -> "torch.Tensor":
-        """A copy that a GPU fetches by itself, while this thread goes on to the next batch."""
-        import torch
-
-        tensor = torch.from_numpy(array)
-        if self._device.type == "cuda":
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor.to(self._device)
 
     def _head(self) -> tuple[Callable[..., "torch.Tensor"], int]:
         """How this model's logits are had, and how many tokens may go through it at once.
