@@ -29,18 +29,18 @@ STRETCHES = 1_000_000
 """Stretches that a round sums up tokens by, over all blocks together."""
 
 
-def best_first(run: Run, name: str, found: Chosen, epochs: np.ndarray) -> tuple[pa.Table, dict[str, Any]]:
+def best_first(run: Run, name: str, found: Chosen, epochs: np.ndarray, budget: int) -> tuple[pa.Table, dict[str, Any]]:
     """What a draw goes by, and what to put on the record.
 
     Args:
         epochs: per group of `found.totals` how often it is to be taken in the mean.
+        budget: in tokens.
 
     Returns:
         (group, epochs: how often in whole, cut, cut_id: value and doc_id of the first document that is not taken once
         more, NULL where none is) of the groups that have weight; and by block those cuts, for the record.
     """
     mixture, order_by = run.graph.recipe.mixtures[name], run.graph.selections[name].order_by
-    assert mixture.budget_tokens is not None
     assert order_by is not None
     totals = found.totals.select(["group", "tokens", "low", "high"])
     weighed = mixture.weights is not None
@@ -51,7 +51,7 @@ def best_first(run: Run, name: str, found: Chosen, epochs: np.ndarray) -> tuple[
     ends = totals.group_by("block", use_threads=False).aggregate(list(kinds.items()))
     ends = ends.rename_columns({f"{column}_{kind}": column for column, kind in kinds.items()})
     ends = ends.filter(pc.greater(ends.column("share"), 0.0))
-    most, left = Fraction(mixture.max_epochs or 1.0), mixture.budget_tokens
+    most, left = Fraction(mixture.max_epochs or 1.0), budget
     parts = []
     for share, tokens in zip(ends.column("share").to_pylist(), ends.column("tokens").to_pylist(), strict=True):
         # A share is a float: a millionth of a millionth more, lest it lose a token by rounding.

@@ -379,8 +379,12 @@ class Graph:
         shares = [field for field in ("weights", "max_epochs", "order_by") if getattr(mixture, field) is not None]
         if mixture.copies is not None and shares:
             self._problems.append(f"{place}.copies: replaces weights, max_epochs and order_by; leave those out")
-        elif mixture.budget_tokens is None and shares:
-            self._problems.append(f"{place}.budget_tokens: {shares[0]} shares out a budget; say how many tokens")
+        elif mixture.budget_tokens is None and mixture.budget_fraction is None and shares:
+            self._problems.append(
+                f"{place}.budget_tokens: {shares[0]} shares out a budget; say how many tokens, or budget_fraction"
+            )
+        if mixture.budget_tokens is not None and mixture.budget_fraction is not None:
+            self._problems.append(f"{place}.budget_fraction: budget_tokens says the budget too; leave out one of them")
 
     def _selection(self, place: str, selection: Selection) -> Selected | None:
         tokens = self._expression(f"{place}.tokens", selection.tokens)

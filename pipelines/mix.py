@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from pipelines.best_first import best_first
 from pipelines.choose import Chosen, Item, chosen, sections, sql
 from pipelines.correlate import correlate
 from pipelines.execute import Resources
+from pipelines.recipe import Mixture
 from pipelines.run import Counts, Run, wanted
 from scorers.base import digest
 from scorers.domains import weights as weighers
@@ -111,8 +113,9 @@ def mix(run: Run, name: str) -> Counts:
             )
             return {**record["totals"], "reused": True}
         with chosen(run, name, graph.seed(name)) as found:
-            weights, epochs, plan = _epochs(run, name, found.totals)
-            multiples, order = best_first(run, name, found, epochs) if ordered else _plain(found, epochs)
+            budget = _budget(name, mixture, found.totals)
+            weights, epochs, plan = _epochs(run, name, found.totals, budget)
+            multiples, order = best_first(run, name, found, epochs, budget or 0) if ordered else _plain(found, epochs)
             before = sql("before", better=">" if ordered and ordered[1] else "<")
             holdout, scratch = graph.selections[name].holdout, str(found.scratch)
             make = partial(make_draw, holdout, found.within, before, lake.data, table, scratch, multiples)
@@ -141,10 +144,10 @@ def mix(run: Run, name: str) -> Counts:
             "dropped": dict(sorted(dropped.items())),
             "taken_documents": taken.total(),
             "taken_tokens": tokens.total(),
-            "budget_tokens": mixture.budget_tokens,
+            "budget_tokens": budget,
             # What the draws are expected to give; of few or long documents they give more or less.
             "expected_tokens": expected,
-            "unspent_tokens": max(0, mixture.budget_tokens - expected) if mixture.budget_tokens else None,
+            "unspent_tokens": max(0, budget - expected) if budget is not None else None,
         }
         if ordered:  # the selection ratio, as CoLoR-Filter has it: what there was for each that was taken
             there = pc.sum(found.totals.column("documents")).as_py()
@@ -203,7 +206,22 @@ def make_draw(
     return draw
 
 
-def _epochs(run: Run, name: str, totals: pa.Table) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def _budget(name: str, mixture: Mixture, totals: pa.Table) -> int | None:
+    """The budget in tokens, or None: as said, or the fraction of what there is after all choices, rounded down."""
+    if mixture.budget_fraction is None:
+        return mixture.budget_tokens
+    available = pc.sum(totals.column("tokens"), min_count=0).as_py()
+    # The decimal number that the recipe says: 0.29 of 100 tokens are 29, where floats make it 28.999999999999996.
+    budget = int(Fraction(str(mixture.budget_fraction)) * available)
+    if available and not budget:
+        raise RecipeError(
+            f"mixtures.{name}.budget_fraction: {mixture.budget_fraction} of {available} tokens is less than one token; "
+            "say a larger fraction, or look at where"
+        )
+    return budget
+
+
+def _epochs(run: Run, name: str, totals: pa.Table, budget: int | None) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Step 3: per group its weight and its epochs, and what to put on the record."""
     recipe = run.graph.recipe
     mixture = recipe.mixtures[name]
@@ -212,7 +230,6 @@ def _epochs(run: Run, name: str, totals: pa.Table) -> tuple[np.ndarray, np.ndarr
     if not tokens.sum():
         return np.zeros(len(groups)), np.zeros(len(groups)), {"weights": "none: no candidates"}
     natural = weighers.natural(tokens)
-    budget = mixture.budget_tokens
     if mixture.copies is not None:
         curved = float(np.nansum(totals.column("curved").to_numpy().astype(float)))
         scale = min(1.0, budget / curved) if budget and curved else 1.0

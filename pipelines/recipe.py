@@ -201,7 +201,9 @@ class Mixture(Selection):
     """[mixtures.x]: which documents, how often, under a token budget."""
 
     budget_tokens: Annotated[int, Field(gt=0)] | None = None
-    """None: everything once (or as `copies` says)."""
+    """Without a budget: everything once (or as `copies` says)."""
+    budget_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """In place of budget_tokens: this share of the candidates' tokens after all choices, rounded down."""
     weights: Name | None = None
     """A [weights.x] entry; without it each group has its natural share."""
     max_epochs: Annotated[float, Field(gt=0)] | None = None

@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -487,6 +488,37 @@ def test_in_an_order_too_a_larger_budget_contains_a_smaller_one_and_each_group_h
     for group, share in zip(groups, epochs * tokens, strict=True):
         expected = taken_by_hand(groups[group], floor(share * (1 + 1e-12)), True) if share else {}
         assert {r["text"]: after[r["text"]] for r in groups[group] if after[r["text"]]} == expected
+
+
+@settings(FEW, max_examples=6)
+@given(
+    WEIGHTS,
+    st.sampled_from(["0.1", "0.29", "0.6", "1", "0.003"]),
+    st.sampled_from([{}, {"order_by": "adopted.q DESC", "max_epochs": 2.0}, {"copies": "adopted.tokens / 50"}]),
+    st.sampled_from([{}, {"where": "adopted.topic <> 'a'"}, {"one_per": "adopted.cluster", "holdout": 0.2}]),
+)
+def test_a_fraction_is_a_budget_of_that_share_of_what_the_choices_leave(pool, weights, share, way, choices):
+    weights = None if "copies" in way or "where" in choices else weights
+    settings = {**way, **choices}
+    outcome, record = mixed(pool, recipe_of(pool, weights, budget_fraction=float(share), **settings))
+    budget = record["totals"]["budget_tokens"]
+    # With an order, what has no value in it is no candidate.
+    running = [text for text, became in outcome.items() if became not in ("where", "null", "duplicate", "holdout")]
+    assert budget == floor(Fraction(share) * sum(BY_TEXT[text]["tokens"] for text in running)) > 0
+    same, told = mixed(pool, recipe_of(pool, weights, budget_tokens=budget, **settings))
+    assert same == outcome
+    assert {**told, "key": ""} == {**record, "key": ""}
+
+
+@FEW
+@given(st.integers(2, 1000), st.sampled_from([0.07, 0.5, 0.93]), st.booleans())
+def test_the_best_of_a_fraction_do_not_hang_on_the_unit_that_tokens_are_counted_in(tied, unit, share, weighed):
+    def best(tokens: str) -> Outcome:
+        weights = {"method": "temperature", "temperature": 2, "tokens": "adopted.tokens"} if weighed else None
+        order = {"order_by": "adopted.q ASC", "budget_fraction": share, "tokens": tokens}
+        return mixed(tied, recipe_of(tied, weights, **order))[0]
+
+    assert best("adopted.tokens") == best(f"{unit} * adopted.tokens")
 
 
 def test_explain_tells_what_the_budget_went_to(job):

@@ -69,7 +69,7 @@ def test_the_recipe_that_the_others_break_is_good():
     assert problems(GOOD) == []
 
 
-WHERE, BYTES = 'where = "clean.keep"', 'tokens = "n_bytes"'
+WHERE, BYTES, BUDGET = 'where = "clean.keep"', 'tokens = "n_bytes"', "budget_tokens = 1000"
 ONE_WRONG = [
     ('name = "webmix"', 'name = "webmix"\nsede = 1', ["sede: no such key; did you mean 'seed'?"]),
     ('name = "webmix"', 'name = "Web Mix"', ["name: a name is lower-case letters, digits and _"]),
@@ -118,7 +118,10 @@ ONE_WRONG = [
     (BYTES + "\n[mix", BYTES + '\ngroup_by = "source"\n[mix', ["mixtures.main.group_by: 'domain', but"]),
     ('tokens = "n_bytes"\nbudget', 'tokens = "language.code"\nbudget', ["mixtures.main.tokens", "no number"]),
     ('tokens = "n_bytes"\nbudget', "budget", ["mixtures.main.tokens: is missing"]),
-    ("budget_tokens = 1000", "", ["mixtures.main.budget_tokens: weights shares out a budget; say how many"]),
+    ("budget_tokens = 1000", "", ["mixtures.main.budget_tokens: weights shares out a budget; say how many tokens, or"]),
+    (BUDGET, BUDGET + "\nbudget_fraction = 0.5", ["mixtures.main.budget_fraction: budget_tokens says the budget too"]),
+    (BUDGET, "budget_fraction = 0.0", ["mixtures.main.budget_fraction: input should be greater than 0"]),
+    (BUDGET, "budget_fraction = 10", ["mixtures.main.budget_fraction: input should be less than or equal to 1"]),
     ("budget_tokens = 1000", 'budget_tokens = "many"', ["mixtures.main.budget_tokens: ", "'many'"]),
     ("budget_tokens = 1000", "budget_tokens = 0", ["mixtures.main.budget_tokens: input should be greater than 0"]),
     ('weights = "flat"', 'weights = "falt"', ["mixtures.main.weights: no entry [weights.falt]; did you mean 'flat'?"]),
