@@ -107,6 +107,20 @@ def test_blocks_and_many_models() -> None:
     assert estimate(x, y, "sign_sign")[2047] == pytest.approx(by_pairs(x[:, 2047], y, "sign_sign"))
 
 
+@given(st.lists(st.integers(0, 11), min_size=3, max_size=140), st.randoms())
+@settings(max_examples=40, deadline=None)
+def test_ranks_see_the_last_bit(drawn: list[int], random: object) -> None:
+    """Neighbours among floats, zeros of both signs, losses below 0: whatever the ranks are sorted by."""
+    near = [np.nextafter(value, toward) for value in (-1.5, 1e-300, 1.0) for toward in (-9.0, 9.0)]
+    values = np.array([*near, -1.5, 0.0, -0.0, 1.0, 5e-324, 1e300])
+    x = values[[drawn, drawn[::-1]]].T
+    y = np.arange(len(drawn)) // 2 * 1.0
+    random.shuffle(y)  # type: ignore[attr-defined]
+    found = estimate(x, y, "sign_cdf")
+    for column, value in zip(x.T, found, strict=True):
+        assert math.isnan(value) if np.ptp(column) == 0 else value == pytest.approx(by_pairs(column, y, "sign_cdf"))
+
+
 def test_projections_of_the_worked_example() -> None:
     tau, values = np.array([0.2, 0.5, 0.9, 0.4, 1.0]), np.array([-0.3, 4, 1, 0.9, 0])
     assert linear(values, tau) == pytest.approx([0, 0.5, 0.5, 0, 0], abs=1e-12)
