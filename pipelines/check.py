@@ -72,7 +72,8 @@ def _trained(run: Run | None, name: str) -> str:
     if not rows:
         return "to train"
     record = json.loads(rows[0][1])
-    return f"trained {rows[0][0]:%Y-%m-%d %H:%M} on {record['tokens']:,} tokens"
+    amount = f"{record['tokens']:,} tokens" if "tokens" in record else f"{record['documents']:,} texts"
+    return f"trained {rows[0][0]:%Y-%m-%d %H:%M} on {amount}"
 
 
 def _ingested(run: Run) -> str:

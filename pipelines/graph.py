@@ -21,7 +21,8 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipelines.layers import check_types, plain_column
-from pipelines.recipe import RESERVED, Mixture, Model, Recipe, Selection, Weights
+from pipelines.models import Classifier, LanguageModel
+from pipelines.recipe import RESERVED, Mixture, Recipe, Selection, Weights
 from pipelines.rule_sets import read_rules
 from scorers.base import ColumnsSpec, MapSpec, Parameters, ReduceSpec, Spec
 from storage.errors import QueryError, RecipeError
@@ -97,17 +98,30 @@ class Selected:
 
 @dataclass(frozen=True)
 class Learner:
-    """A [models.x] entry as it will be trained. `reads` names whatever must be there before it, of any kind."""
+    """A [models.x] entry as it will be trained.
+
+    Attributes:
+        reads: whatever must be there before it, of any kind.
+        labels: of a classifier that learns from weights, a document's group, and which documents.
+    """
 
     name: str
-    definition: Model
+    definition: LanguageModel | Classifier
     reads: tuple[str, ...] = ()
+    labels: tuple[Expression, Expression | None] | None = None
     fingerprint: str = ""
 
     @property
     def model(self) -> str:
         """What the trained model is called in the lake."""
         return f"{self.name}__{self.fingerprint[:8]}"
+
+    @property
+    def of_documents(self) -> bool:
+        """Whether it learns from the lake, and not from files alone."""
+        definition = self.definition
+        named = definition.mixture if isinstance(definition, LanguageModel) else definition.weights
+        return definition.query is not None or named is not None
 
 
 class Graph:
@@ -159,7 +173,7 @@ class Graph:
         taken = {*self.recipe.scores, *self.recipe.rules, *self.recipe.models, *self.recipe.weights, *RESERVED}
         taken |= self.recipe.mixtures.keys()
         for name, score in self.recipe.scores.items():
-            self._problems += [_at(f"scores.{name}", problem, type(score.spec)) for problem in score.spec.problems()]
+            self._problems += [at(f"scores.{name}", problem, type(score.spec)) for problem in score.spec.problems()]
             trained = tuple(sorted(set(self._trained(f"scores.{name}", score.spec))))
             entry = Entry(name, score.spec.kind, score.spec.columns, score.spec, models=trained)
             if isinstance(score.spec, MapSpec):
@@ -183,11 +197,17 @@ class Graph:
     def _trained(self, place: str, parameters: Parameters) -> Iterator[str]:
         """The models of the recipe that parameters name."""
         for parameter, name in parameters.trained.items():
-            if name in self.recipe.models:
-                yield name
-            else:
+            model = self.recipe.models.get(name)
+            if model is None:
                 there = nearest(name, self.recipe.models)
                 self._problems.append(f"{place}.{parameter}: no entry [models.{name}]{there}")
+            elif model.trainer != parameters.trainer_read:
+                self._problems.append(
+                    f'{place}.{parameter}: models.{name} has trainer = "{model.trainer}", and one of '
+                    f'"{parameters.trainer_read}" is needed'
+                )
+            else:
+                yield name
 
     def _add(self, entry: Entry) -> None:
         self.entries[entry.name] = entry
@@ -259,24 +279,45 @@ class Graph:
         return dict(zip(entry.spec.inputs, self._inputs(entry.name, entry.spec), strict=True))
 
     def _compile_models(self) -> None:
-        names = ("documents", "corpus", *self.entries)
         for name, model in self.recipe.models.items():
-            self._problems += [_at(f"models.{name}", problem, type(model)) for problem in model.problems()]
-            reads = set(self._trained(f"models.{name}", model))
-            if model.mixture is not None:
-                reads |= self._known_mixture(f"models.{name}.mixture", model.mixture)
+            place = f"models.{name}"
+            self._problems += [at(place, problem, type(model)) for problem in model.problems()]
+            reads, labels = set(self._trained(place, model)), None
             if model.query is not None:
-                try:
-                    check_query(model.query, names, ["mixture"])
-                except QueryError as error:
-                    self._problems += [f"models.{name}.query: {problem}" for problem in error.problems]
-                else:
-                    asked = named(model.query)
-                    columns = asked.columns if "corpus" in asked.tables else set()
-                    reads |= (asked.tables | columns) & self.entries.keys()
-                    for mixture in {name for function, name in asked.calls if function == "mixture"}:
-                        reads |= self._known_mixture(f"models.{name}.query", mixture)
-            self.learners[name] = Learner(name, model, tuple(sorted(reads)))
+                reads |= self._asked(f"{place}.query", model.query)
+            if isinstance(model, LanguageModel) and model.mixture is not None:
+                reads |= self._known_mixture(f"{place}.mixture", model.mixture)
+            if isinstance(model, Classifier) and model.weights is not None:
+                if model.weights not in self.recipe.weights:
+                    there = nearest(model.weights, self.recipe.weights)
+                    self._problems.append(f"{place}.weights: no entry [weights.{model.weights}]{there}")
+                elif labels := self._labels(f"weights.{model.weights}", self.recipe.weights[model.weights]):
+                    entries = {entry for part in labels if part for entry, _ in part.references if entry}
+                    reads |= {model.weights, *entries}
+            self.learners[name] = Learner(name, model, tuple(sorted(reads)), labels)
+
+    def _asked(self, place: str, query: str) -> set[str]:
+        """What the query of a model reads."""
+        try:
+            check_query(query, ("documents", "corpus", *self.entries), ["mixture"])
+        except QueryError as error:
+            self._problems += [f"{place}: {problem}" for problem in error.problems]
+            return set()
+        asked = named(query)
+        reads = (asked.tables | (asked.columns if "corpus" in asked.tables else set())) & self.entries.keys()
+        for mixture in {name for function, name in asked.calls if function == "mixture"}:
+            reads |= self._known_mixture(place, mixture)
+        return reads
+
+    def _labels(self, place: str, weights: Weights) -> tuple[Expression, Expression | None] | None:
+        """The group of a document that is labelled by weights, and which documents; None where either is no SQL."""
+        try:
+            group = check_expression(weights.group_by, self.scope)
+            return group, check_expression(weights.where, self.scope) if weights.where is not None else None
+        except QueryError as error:
+            if weights.method == "given":  # of the others it is told already
+                self._problems += [f"{place}.group_by: {problem}" for problem in error.problems]
+            return None
 
     def _known_mixture(self, place: str, mixture: str) -> set[str]:
         if mixture not in self.recipe.mixtures:
@@ -313,7 +354,7 @@ class Graph:
             elif name in self.learners and not self._problems:
                 learner = self.learners[name]
                 inputs = [self._made(read) for read in sorted(self.upstream(learner.reads))]
-                if learner.definition.targets is None:
+                if learner.of_documents:
                     inputs += [self.documents_fingerprint, *self.sources]
                 fingerprint = learner.definition.fingerprint(str(self.recipe.seed), *inputs)
                 self.learners[name] = replace(learner, fingerprint=fingerprint)
@@ -325,7 +366,7 @@ class Graph:
         if name in self.recipe.mixtures:
             return self.mixture_table(name)
         if name in self.recipe.weights:
-            return name  # the mixture's table has it whole
+            return _hash(json.dumps([name, self.recipe.weights[name].model_dump(mode="json")]))
         entry = self.entries[name]
         parts = [entry.fingerprint, *(e.sql for e in (entry.verdict, entry.where) if e)]
         return _hash(json.dumps([name, *parts]))
@@ -523,7 +564,7 @@ class Graph:
         return self.recipe.seed if seed is None else seed
 
 
-def _at(place: str, problem: str, parameters: type[Parameters]) -> str:
+def at(place: str, problem: str, parameters: type[Parameters]) -> str:
     """A problem told of the field that it begins with, or of the whole entry."""
     return f"{place}{'.' if problem.partition(':')[0] in parameters.model_fields else ': '}{problem}"
 

@@ -17,7 +17,7 @@ from storage.expressions import Expression
 from storage.schema import DOCUMENTS
 
 if TYPE_CHECKING:
-    from pipelines.graph import Entry, Graph
+    from pipelines.graph import Entry, Graph, Learner
 
 Reference = tuple[str | None, str]
 """(entry, column); of a document's own column the entry is None."""
@@ -134,7 +134,7 @@ def check_types(graph: "Graph") -> Iterator[str]:
                 yield from _mistyped(graph, f"{place}.{field}", expression, kind)
     for name, learner in graph.learners.items():
         if learner.definition.query is not None and not broken.intersection(learner.reads):
-            yield from _unlearnable(graph, f"models.{name}.query", learner.definition.query, learner.reads)
+            yield from _unlearnable(graph, f"models.{name}.query", learner)
 
 
 _KINDS = {
@@ -171,11 +171,12 @@ SELECT CAST(0 AS INTEGER) AS copies, '' AS "group", CAST(0 AS BIGINT) AS tokens,
 """
 
 
-def _unlearnable(graph: "Graph", place: str, query: str, reads: Iterable[str]) -> Iterator[str]:
-    """Why the query of a model cannot give texts: it is bound over empty tables of what it reads."""
+def _unlearnable(graph: "Graph", place: str, learner: "Learner") -> Iterator[str]:
+    """Why the query of a model cannot give what it learns: it is bound over empty tables of what it reads."""
     from storage.lake import run_sql
 
-    entries = [graph.entries[name] for name in reads if name in graph.entries]
+    query = learner.definition.query or ""
+    entries = [graph.entries[name] for name in learner.reads if name in graph.entries]
     references: set[Reference] = {(e.name, c) for e in entries for c in ("computed", *(c.name for c in e.columns))}
     needed = closure(graph, references | {(None, column) for column in DOCUMENTS.names})
     columns = ", ".join(_q(column) for column in (*DOCUMENTS.names, *(entry.name for entry in entries)))
@@ -188,8 +189,9 @@ def _unlearnable(graph: "Graph", place: str, query: str, reads: Iterable[str]) -
     except QueryError as error:
         yield f"{place}: {str(error).partition('LINE ')[0].strip()}"
         return
-    if "text" not in found:
-        yield f"{place}: gives no column text (it gives {', '.join(found)}); SELECT text FROM ..."
+    if lacking := [column for column in learner.definition.columns if column not in found]:
+        select = f"SELECT {', '.join(learner.definition.columns)} FROM ..."
+        yield f"{place}: gives no column {lacking[0]} (it gives {', '.join(found)}); {select}"
 
 
 def _flat(entry: str, column: str) -> str:

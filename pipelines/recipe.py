@@ -25,11 +25,11 @@ from pydantic import (
     model_validator,
 )
 
+from pipelines.models import TRAINERS, Model, trainer_of
 from scorers import SCORERS
 from scorers.base import FilePath, Spec
 from scorers.correlation import Estimator, Measure, Missing
 from scorers.domains.projection import Projection
-from scorers.lm.training import Training
 from storage.errors import RecipeError
 from storage.paths import beside_recipe
 from storage.schema import DOCUMENTS
@@ -93,30 +93,6 @@ class RuleSet(BaseModel):
     @property
     def thresholds(self) -> Mapping[str, Any]:
         return self.model_extra or {}
-
-
-class Model(Training):
-    """[models.x]: a language model that the recipe trains, or trains further; scores name it as model = "models.x".
-
-    What it learns is exactly one of `query`, `mixture` and `targets`. A model is trained once: later runs, which may
-    see more documents, keep it until its definition changes or `corpusmill train` is asked for it.
-    """
-
-    query: str | None = None
-    """One SELECT over the recipe's names; its column `text` is learned, after its column `prompt` where it has one."""
-    mixture: Name | None = None
-    """A [mixtures.x] entry: its documents, each as often as the mixture takes it."""
-    targets: FilePath | None = None
-    """A JSONL file (gzip, zstd too) of {text}, {prompt, completion} or {question, answer}."""
-    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Share of the texts, by their hash, that is not learned; the record has the model's bits per byte on it."""
-    seed: int | None = None
-    """First weights, order and holdout; the recipe's seed when left out."""
-
-    def problems(self) -> list[str]:
-        learned = [field for field in ("query", "mixture", "targets") if getattr(self, field) is not None]
-        found = [] if len(learned) == 1 else [f"name one of query, mixture and targets, not {len(learned)} of them"]
-        return [*found, *super().problems()]
 
 
 class Selection(Strict):
@@ -313,7 +289,7 @@ def load_spec(scorer: str) -> type[Spec]:
 
 def _problems(model: type[BaseModel], data: Mapping[str, Any], error: ValidationError) -> Iterator[str]:
     """Every problem in the recipe's own words: the field's path, what is wrong, the nearest right name."""
-    found = error.errors(include_url=False)
+    found: list[Any] = [{**told, "loc": _untagged(told["loc"])} for told in error.errors(include_url=False)]
     for problem in found:
         loc, kind = problem["loc"], problem["type"]
         # A tuple loses its members that are wrong; that it is too short then says nothing new.
@@ -323,6 +299,11 @@ def _problems(model: type[BaseModel], data: Mapping[str, Any], error: Validation
         if _off_branch(problem) and any(_beside(loc, other["loc"]) and not _off_branch(other) for other in found):
             continue
         yield f"{_place(data, loc)}: {_told(model, data, problem)}"
+
+
+def _untagged(loc: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A place without the trainer that pydantic names after a model's name."""
+    return loc[:2] + loc[3:] if loc[:1] == ("models",) else loc
 
 
 def _is_branch(part: int | str) -> bool:
@@ -374,13 +355,14 @@ def _fields_at(model: type[BaseModel], data: Mapping[str, Any], loc: tuple[Any, 
     tables: dict[str, type[BaseModel]] = {
         "ingest": Intake,
         "sources": Source,
-        "models": Model,
         "weights": Weights,
         "mixtures": Mixture,
         "exports": Export,
     }
     if loc and loc[0] in tables:
         return list(tables[loc[0]].model_fields)
+    if loc and loc[0] == "models":
+        return list(TRAINERS[trainer_of(data["models"][loc[1]])].model_fields)
     if loc and loc[0] == "scores":
         return ["where", *load_spec(data["scores"][loc[1]]["scorer"]).model_fields]
     return list(model.model_fields)

@@ -1,7 +1,8 @@
-"""Train: the language models of a recipe, from what its lake or a file of target texts holds.
+"""Train: the models of a recipe, from what its lake or files of texts hold.
 
-    texts     once: the query's rows in a seeded order, some held out, as one Parquet file of the working folder
-    train     on the executor's gang (every GPU, else this machine's CPUs): scorers.lm.train, from its last checkpoint
+    texts     once, as one Parquet file of the working folder: pipelines.texts
+    train     a language model on the executor's gang (every GPU, else this machine's CPUs), from its last checkpoint;
+              a classifier in one worker, from the beginning
     keep      the folder and its record in the book `models`
 
 A model is trained once and then stays, also when the lake grows: a prior that changed with every crawl would change
@@ -19,39 +20,15 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from pipelines.execute import Resources
-from pipelines.frames import paths_of
-from pipelines.graph import Learner
-from pipelines.mix import current, made_from
-from pipelines.recipe import Model
+from pipelines.graph import Learner, at
+from pipelines.mix import made_from
+from pipelines.models import Classifier, LanguageModel
 from pipelines.run import Counts, Run, wanted
-from pipelines.views import macros, views
+from pipelines.texts import seed_of, write_texts
 from scorers.base import digest
-from storage.catalog import quote
-from storage.errors import QueryError, RecipeError
-from storage.lake import LakeSpace, to_json
-
-# A row of equal content is a copy: copies are spread over the whole, and held out together.
-TEXTS = """
-SELECT
-    prompt,
-    text,
-    (md5_number_upper(content || ':holdout:' || {seed}) >> 11) / 9007199254740992.0 < {holdout} AS heldout
-FROM (
-    SELECT *, md5(coalesce(prompt, '') || chr(31) || text) AS content, row_number() OVER (PARTITION BY content) AS copy
-    FROM (SELECT {prompt} AS prompt, CAST(text AS VARCHAR) AS text FROM asked)
-    WHERE text <> ''
-)
-ORDER BY md5(content || ':' || copy || ':' || {seed}), content
-"""
-TARGETS = """
-SELECT coalesce(prompt, question) AS prompt,
-    coalesce(text, completion, CASE WHEN question SIMILAR TO '(?s).*\\s' THEN answer ELSE ' ' || answer END) AS text
-FROM read_json({path}, format = 'newline_delimited', columns = {{
-    text: 'VARCHAR', prompt: 'VARCHAR', completion: 'VARCHAR', question: 'VARCHAR', answer: 'VARCHAR'}})
-"""
+from storage.errors import RecipeError
+from storage.lake import to_json
 
 
 def train(run: Run, name: str) -> Counts:
@@ -70,18 +47,27 @@ def train(run: Run, name: str) -> Counts:
                 shutil.rmtree(old)
         if not out.exists():
             work.mkdir(parents=True, exist_ok=True)
-            seed = run.graph.recipe.seed if model.seed is None else model.seed
-            texts = work / "texts.parquet"
+            texts, seed = work / "texts.parquet", seed_of(run, learner)
             if not texts.exists():
-                _write_texts(run, learner, seed, texts)
-            # By itself, since the members of a gang that wait for tokens would give up after minutes.
-            run.executor.gang(partial(tokenize, model, str(texts), str(work)), gpu=False)
-            with _watched(run, name, work / "log.jsonl"):
-                run.executor.gang(partial(fit, model, str(texts), str(work), str(out), seed))
+                write_texts(run, learner, texts)
+            try:
+                if isinstance(model, Classifier):
+                    run.progress.begin(name, 1, "models")
+                    run.executor.gang(partial(classify, model, str(texts), str(work), str(out), seed), gpu=False)
+                    run.progress.advance(1)
+                else:
+                    # By itself, since the members of a gang that wait for tokens would give up after minutes.
+                    run.executor.gang(partial(tokenize, model, str(texts), str(work)), gpu=False)
+                    with _watched(run, name, work / "log.jsonl"):
+                        run.executor.gang(partial(fit, model, str(texts), str(work), str(out), seed))
+            except RecipeError as error:
+                raise RecipeError(
+                    *(at(f"models.{name}", problem, type(model)) for problem in error.problems)
+                ) from error
         record = json.loads((out / "training.json").read_text())
-        weights = [digest(str(file)) for file in [*sorted(out.glob("*.safetensors")), out / "tokenizer.json"]]
-        state = hashlib.sha256("\n".join(weights).encode()).hexdigest()[:32]
-        path = str(out.relative_to(lake.folder))
+        files = [file for pattern in model.weights_files for file in sorted(out.glob(pattern))]
+        state = hashlib.sha256("\n".join(digest(str(file)) for file in files).encode()).hexdigest()[:32]
+        path = str((out / model.file).relative_to(lake.folder))
 
         def books() -> None:
             lake.change("DELETE FROM lake.main.models WHERE model = ?", [learner.model])
@@ -93,14 +79,21 @@ def train(run: Run, name: str) -> Counts:
     return _told(record)
 
 
-def tokenize(model: Model, texts: str, work: str, resources: Resources) -> None:
+def classify(model: Classifier, texts: str, work: str, out: str, seed: int, resources: Resources) -> None:
+    """Trains a classifier; it has its own number of threads, which its result hangs on."""
+    from scorers.classifiers.fasttext_training import train
+
+    train(model, texts, work, out, seed=seed)
+
+
+def tokenize(model: LanguageModel, texts: str, work: str, resources: Resources) -> None:
     """Lays the tokens of the texts beside them."""
     from scorers.lm.corpus import prepare
 
     prepare(model, texts, work)
 
 
-def fit(model: Model, texts: str, work: str, out: str, seed: int, resources: Resources) -> None:
+def fit(model: LanguageModel, texts: str, work: str, out: str, seed: int, resources: Resources) -> None:
     """What every member of the gang does."""
     from scorers.lm.train import train
 
@@ -118,63 +111,15 @@ def fit(model: Model, texts: str, work: str, out: str, seed: int, resources: Res
 
 
 def _made_from(run: Run, learner: Learner) -> str:
-    """What the model would learn from now: documents, entries, mixtures, and the models that it begins with."""
+    """What the model would learn from now: documents, entries of any kind, and the models that it begins with."""
     graph = run.graph
     parts = [learner.fingerprint, *(run.states.get(name, "") for name in learner.reads if name in graph.learners)]
-    if learner.definition.targets is None:
+    if learner.of_documents:
         parts += [wanted(shard.sha256, shard.shard) for shard in run.documents().values()]
         parts += [run.key(name) for name in learner.reads if name in graph.entries]
-        parts += [made_from(run, name) for name in learner.reads if name in graph.recipe.mixtures]
+        chosen = graph.recipe.mixtures.keys() | graph.recipe.weights.keys()
+        parts += [made_from(run, name) for name in learner.reads if name in chosen]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _write_texts(run: Run, learner: Learner, seed: int, path: Path) -> None:
-    place = f"models.{learner.name}"
-    with _asked(run, learner) as space:
-        columns = space.read("FROM asked LIMIT 0").schema.names
-        prompt = "CAST(prompt AS VARCHAR)" if "prompt" in columns else "NULL::VARCHAR"
-        (lost,) = space.read("SELECT count(*) FROM asked WHERE text IS NULL").read_all().column(0).to_pylist()
-        if lost and learner.definition.targets is not None:
-            raise RecipeError(f"{place}.targets: {lost} lines have none of text, completion and answer; mend the file")
-        aside = path.with_name("texts.part")
-        reader = space.read(TEXTS.format(prompt=prompt, seed=seed, holdout=learner.definition.holdout))
-        rows = 0
-        with pq.ParquetWriter(aside, reader.schema, compression="zstd") as writer:
-            for batch in reader:
-                rows += batch.num_rows
-                writer.write_batch(batch)
-        if not rows:
-            raise RecipeError(f"{place}: there is nothing to learn, no row has a text; look at its query or file")
-        aside.rename(path)
-
-
-@contextmanager
-def _asked(run: Run, learner: Learner) -> Iterator[LakeSpace]:
-    """The texts to learn, as the relation `asked`."""
-    definition, entries = learner.definition, run.graph.entries
-    if definition.targets is not None:
-        relation = TARGETS.format(path=quote(definition.targets))
-        try:
-            with run.lake.space({"asked": relation}, attached=False) as space:
-                yield space
-        except QueryError as error:
-            raise RecipeError(f"models.{learner.name}.targets: {error}") from None
-        return
-    for mixture in (name for name in learner.reads if name in run.graph.recipe.mixtures):
-        if not current(run, mixture):
-            raise RecipeError(
-                f"models.{learner.name}: mixture {mixture} is not up to date; "
-                f"run: corpusmill mix RECIPE {mixture} --lake {run.lake.folder}"
-            )
-    paths_of(run, {(name, "computed") for name in learner.reads if name in entries})
-    query = definition.query or f"SELECT text FROM mixture({quote(str(definition.mixture))}), range(copies)"
-    there = views(run)
-    names = {name: there[name] for name in ("documents", "corpus", *entries) if name in there}
-    try:
-        with run.lake.asked(query, names, {k: v for k, v in macros(run).items() if k == "mixture"}) as space:
-            yield space
-    except QueryError as error:
-        raise RecipeError(f"models.{learner.name}.query: {error}") from None
 
 
 @contextmanager
@@ -211,6 +156,9 @@ def _watched(run: Run, name: str, log: Path) -> Iterator[None]:
 
 
 def _told(record: Mapping[str, Any]) -> dict[str, Any]:
+    if "labels" in record:
+        aurocs = {label: found["auroc"] for label, found in record["labels"].items()}
+        return {"documents": record["documents"], "words": record["words"], "auroc": aurocs}
     held_out = record["held_out"] or {}
     told = {name: record[name] for name in ("parameters", "tokens", "documents")}
     return told | ({"bits_per_byte": round(held_out["bits_per_byte"], 4)} if held_out else {})

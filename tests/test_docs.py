@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from pipelines.graph import Graph
-from pipelines.recipe import Export, Mixture, Model, Recipe, RuleSet, Score, Weights, load_spec
+from pipelines.models import TRAINERS
+from pipelines.recipe import Export, Mixture, Recipe, RuleSet, Score, Weights, load_spec
 from scorers import SCORERS
 from scorers.base import ReduceSpec, Spec
 from scorers.lm.measures import Measure
@@ -262,7 +263,9 @@ def test_recipes_compile(tmp_path: Path) -> None:
         sys.modules.pop("questions", None)
 
 
-@pytest.mark.parametrize("model", [Intake, Source, RuleSet, Score, Model, Weights, Mixture, Export, Recipe])
+@pytest.mark.parametrize(
+    "model", [Intake, Source, RuleSet, Score, *TRAINERS.values(), Weights, Mixture, Export, Recipe]
+)
 def test_every_key_of_a_recipe_is_shown(model: type) -> None:
     shown = "".join(text for name, text in fenced("toml") if not name)
     fields = set(model.model_fields) - {"spec"}  # type: ignore[attr-defined]

@@ -6,7 +6,9 @@ is in its dictionary (NULL); it takes a word such as __label__x in a text for a 
 """
 
 import difflib
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
@@ -16,6 +18,8 @@ from storage.errors import RecipeError
 from storage.schema import Column
 
 Profile = Literal["dclm", "preselect", "plain"]
+LABEL = "__label__"
+"""What a label begins with, in the library's files and here."""
 
 PROFILES: dict[Profile, Callable[[str], str]] = {
     "dclm": lambda text: " ".join(text.strip().splitlines()),
@@ -27,9 +31,11 @@ PROFILES: dict[Profile, Callable[[str], str]] = {
 class FastText(MapSpec):
     """P(label) by a supervised fastText model.
 
-    model: the file (.bin or .ftz). It is held in memory once per worker: 2.4 GB for DCLM's.
+    model: the file (.bin or .ftz), or "models.x", a classifier that the recipe trains. It is held in memory once per
+        worker: 2.4 GB for DCLM's.
     label: with its prefix, as in the model ("__label__hq").
-    profile: how a text becomes the one line that fastText wants. It must be the one that the model was trained with:
+    profile: how a text becomes the one line that fastText wants. It must be the one that the model was trained with,
+        as it is where the recipe trains it; else left out it is plain:
         dclm       stripped, lines (of any line break of Unicode) joined by one space      mlfoundations/dclm
         preselect  each line break a space                                                 hkust-nlp/PreSelect
         plain      every run of white space one space, none at the ends
@@ -39,13 +45,20 @@ class FastText(MapSpec):
     scorer: Literal["fasttext"] = "fasttext"
     model: ModelPath
     label: str
-    profile: Profile = "plain"
+    profile: Profile | None = None
 
     libraries: ClassVar[tuple[str, ...]] = ("fasttext-numpy2-wheel",)
+    trainer_read: ClassVar[str] = "fasttext"
 
     @property
     def columns(self) -> tuple[Column, ...]:
         return (Column("score", pa.float32(), f"P({self.label})", "probability", higher_is_better=True),)
+
+    def _profile(self) -> Profile:
+        trained = trained_profile(self.model)
+        if trained is not None and self.profile not in (None, trained):
+            raise RecipeError(f"profile: {self.profile}, but the model was trained with {trained}; leave it out")
+        return trained or self.profile or "plain"
 
     def build(self, device: str = "cpu") -> Score:
         model = load(self.model)
@@ -53,7 +66,7 @@ class FastText(MapSpec):
         if self.label not in labels:
             near = difflib.get_close_matches(self.label, labels, 1, 0.0)
             raise RecipeError(f"label: {self.model!r} has no label {self.label!r}; did you mean {near[0]!r}?")
-        normalise = PROFILES[self.profile]
+        normalise = PROFILES[self._profile()]
 
         def probability(text: str) -> float | None:
             if not text or text.isspace():
@@ -70,6 +83,15 @@ class FastText(MapSpec):
             return pa.record_batch([pa.array(scores, pa.float32())], schema=schema)
 
         return score
+
+
+def trained_profile(model: str) -> Profile | None:
+    """The profile with which a recipe trained the model; None for any other model."""
+    record = Path(model).with_name("training.json")
+    if not record.is_file():
+        return None
+    profile: Profile | None = json.loads(record.read_text()).get("training", {}).get("profile")
+    return profile
 
 
 def load(path: str) -> Any:

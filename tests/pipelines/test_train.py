@@ -10,12 +10,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import train as stage
 from pipelines.check import trial
 from pipelines.execute import Serial
 from pipelines.graph import Graph
 from pipelines.recipe import Recipe
 from pipelines.run import Run, perform, recorded, steps
+from pipelines.texts import write_texts
 from storage.errors import RecipeError
 
 WORDS = [f"{a}{b}{c}" for a in ("b", "d", "k") for b in ("a", "e", "o") for c in ("l", "n", "r", "s")]
@@ -263,7 +263,7 @@ def test_texts_hang_on_their_content_alone(full, tmp_path):
         perform(run, next(step for step in steps(run.graph, ("score",)) if step.name == "n"))
         path = tmp_path / f"{name}.parquet"
         run.refresh()
-        stage._write_texts(run, run.graph.learners["prior"], 7, path)
+        write_texts(run, run.graph.learners["prior"], path)
         orders.append(pq.read_table(path).to_pylist())
         job.lake.close()
     assert orders[0] == orders[1]
@@ -281,7 +281,7 @@ def test_a_mixture_is_learned_as_often_as_it_takes(full, tmp_path):
         mixtures={"main": {"tokens": "n_bytes", "copies": "floor(n.value / 10)"}},
     )
     run = full.run(changed, ("ingest", "score", "mix")).run
-    stage._write_texts(run, run.graph.learners["prior"], 7, tmp_path / "texts.parquet")
+    write_texts(run, run.graph.learners["prior"], tmp_path / "texts.parquet")
     assert pq.read_table(tmp_path / "texts.parquet").num_rows == 10 * 1 + 4 * 2
 
 
@@ -311,7 +311,7 @@ def test_questions_and_their_answers_are_joined_by_one_space(full, tmp_path):
         "targets.jsonl", [{"question": "Who?", "answer": "I"}, {"prompt": "Q: ", "completion": "A"}, {"text": "T"}]
     )
     run = full.run(recipe(full), ("ingest",)).run
-    stage._write_texts(run, run.graph.learners["conditional"], 7, tmp_path / "texts.parquet")
+    write_texts(run, run.graph.learners["conditional"], tmp_path / "texts.parquet")
     rows = pq.read_table(tmp_path / "texts.parquet").to_pylist()
     assert sorted((row["prompt"] or "", row["text"]) for row in rows) == [("", "T"), ("Q: ", "A"), ("Who?", " I")]
 

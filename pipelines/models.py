@@ -1,0 +1,102 @@
+"""[models.x]: what a recipe trains, and from what. Scores name it as model = "models.x".
+
+    trainer = "language_model"    (the default) from a query, a mixture or a file of target texts: scorers.lm
+    trainer = "fasttext"          a classifier, from labelled texts: scorers.classifiers
+
+A model is trained once: later runs, which may see more documents, keep it until its definition changes or `corpusmill
+train` is asked for it.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from scorers.base import FilePath
+from scorers.classifiers.fasttext_training import FastTextTraining
+from scorers.lm.training import Training
+
+Holdout = Annotated[float, Field(ge=0, lt=1)]
+
+
+class LanguageModel(Training):
+    """A language model that the recipe trains, or trains further.
+
+    What it learns is exactly one of `query`, `mixture` and `targets`.
+    """
+
+    trainer: Literal["language_model"] = "language_model"
+    query: str | None = None
+    """One SELECT over the recipe's names; its column `text` is learned, after its column `prompt` where it has one."""
+    mixture: str | None = None
+    """A [mixtures.x] entry: its documents, each as often as the mixture takes it."""
+    targets: FilePath | None = None
+    """A JSONL file (gzip, zstd too) of {text}, {prompt, completion} or {question, answer}."""
+    holdout: Holdout = 0.01
+    """Share of the texts, by their hash, that is not learned; the record has the model's bits per byte on it."""
+    seed: int | None = None
+    """First weights, order and holdout; the recipe's seed when left out."""
+
+    file: ClassVar[str] = ""
+    weights_files: ClassVar[tuple[str, ...]] = ("*.safetensors", "tokenizer.json")
+    columns: ClassVar[tuple[str, ...]] = ("text",)
+
+    def problems(self) -> list[str]:
+        learned = [field for field in ("query", "mixture", "targets") if getattr(self, field) is not None]
+        found = [] if len(learned) == 1 else [f"name one of query, mixture and targets, not {len(learned)} of them"]
+        return [*found, *super().problems()]
+
+
+class Classifier(FastTextTraining):
+    """A fastText classifier that the recipe trains. What it learns is the texts of all that is named.
+
+    With `weights` it is the page classifier of the perplexity correlations (arXiv 2409.05816, section 4): documents of
+    groups that have weight are labelled "include", those of groups that have none "exclude"; groups without an
+    estimate are left out. Unlike there a document is learned as one line, and is never on both sides of the holdout.
+    """
+
+    trainer: Literal["fasttext"] = "fasttext"
+    query: str | None = None
+    """One SELECT over the recipe's names with the columns `text` and `label`. Rows of one `document`, where it has that
+    column, are held out together."""
+    weights: str | None = None
+    """A [weights.x] entry; its `where` says which documents."""
+    targets: Mapping[str, FilePath] = {}
+    """Per label a JSONL file (gzip, zstd too) of {text}, {prompt, completion} or {question, answer}."""
+    per_label: Annotated[int, Field(ge=1)] | None = None
+    """At most so many texts of a label, by their hash."""
+    holdout: Holdout = 0.05
+    """Share of the texts, by their hash, that is not learned; the record has recall, precision and AUROC on it."""
+    seed: int | None = None
+    """First weights, order, holdout and choice of texts; the recipe's seed when left out."""
+
+    file: ClassVar[str] = "model.bin"
+    weights_files: ClassVar[tuple[str, ...]] = ("model.bin",)
+    columns: ClassVar[tuple[str, ...]] = ("text", "label")
+
+    def problems(self) -> list[str]:
+        nothing = self.query is None and self.weights is None and not self.targets
+        found = ["name what to learn: a query, weights or targets = { LABEL = FILE }"] if nothing else []
+        return [*found, *super().problems()]
+
+
+TRAINERS: Mapping[str, type[LanguageModel] | type[Classifier]] = {
+    "language_model": LanguageModel,
+    "fasttext": Classifier,
+}
+
+
+def trainer_of(definition: Any) -> str:
+    """The trainer that an entry names, or is made for; not always one that there is."""
+    named = definition.get("trainer") if isinstance(definition, Mapping) else getattr(definition, "trainer", None)
+    return "language_model" if named is None else str(named)
+
+
+Model = Annotated[
+    Annotated[LanguageModel, Tag("language_model")] | Annotated[Classifier, Tag("fasttext")],
+    Discriminator(
+        trainer_of,
+        custom_error_type="trainer",
+        custom_error_message="trainer: there are language_model and fasttext",
+    ),
+]

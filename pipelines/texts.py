@@ -1,0 +1,215 @@
+"""What a model learns: texts of queries, mixtures, weights and files, in a seeded order, some held out, as one file.
+
+    language model    prompt (NULL where there is none), text, heldout
+    classifier        label, text, heldout
+
+All hangs on content and seed alone, so the same texts are learned in the same order wherever they come from.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from pipelines.frames import paths_of
+from pipelines.graph import Learner
+from pipelines.mix import current
+from pipelines.models import Classifier, LanguageModel
+from pipelines.run import Run
+from pipelines.views import macros, views
+from storage.catalog import quote
+from storage.errors import QueryError, RecipeError
+from storage.lake import LakeSpace
+
+# A row of equal content is a copy: copies are spread over the whole, and held out together.
+LEARNED = """
+SELECT
+    prompt,
+    text,
+    (md5_number_upper(content || ':holdout:' || {seed}) >> 11) / 9007199254740992.0 < {holdout} AS heldout
+FROM (
+    SELECT *, md5(coalesce(prompt, '') || chr(31) || text) AS content, row_number() OVER (PARTITION BY content) AS copy
+    FROM (SELECT {prompt} AS prompt, CAST(text AS VARCHAR) AS text FROM asked)
+    WHERE text <> ''
+)
+ORDER BY md5(content || ':' || copy || ':' || {seed}), content
+"""
+LABELLED = """
+SELECT
+    label,
+    text,
+    (md5_number_upper(coalesce(document, content) || ':holdout:' || {seed}) >> 11) / 9007199254740992.0 < {holdout}
+        AS heldout
+FROM (
+    SELECT *, md5(content || ':' || row_number() OVER (PARTITION BY label, content) || ':' || {seed}) AS place
+    FROM (SELECT *, md5(text) AS content FROM labelled)
+)
+QUALIFY row_number() OVER (PARTITION BY label ORDER BY place) <= (SELECT {per_label})
+ORDER BY place, label
+"""
+TARGETS = """
+SELECT coalesce(prompt, question) AS prompt,
+    coalesce(text, completion, CASE WHEN question SIMILAR TO '(?s).*\\s' THEN answer ELSE ' ' || answer END) AS text
+FROM read_json({path}, format = 'newline_delimited', columns = {{
+    text: 'VARCHAR', prompt: 'VARCHAR', completion: 'VARCHAR', question: 'VARCHAR', answer: 'VARCHAR'}})
+"""
+# Chosen by id before any text is read. (A number that DuckDB sees it takes for arg_min's, which ends at a million.)
+OF_GROUPS = """
+WITH candidates AS (
+    SELECT doc_id, coalesce(label, 'exclude') AS label, md5(text_hash || ':' || {seed}) AS place
+    FROM (SELECT doc_id, text_hash, coalesce(CAST({group} AS VARCHAR), '(none)') AS "group" FROM corpus WHERE {where})
+    {join} JOIN _groups USING ("group")
+),
+chosen AS (
+    SELECT doc_id, label FROM candidates
+    QUALIFY row_number() OVER (PARTITION BY label ORDER BY place, doc_id) <= (SELECT {per_label})
+)
+SELECT text, label FROM chosen JOIN documents USING (doc_id)
+"""
+GROUPS = """
+SELECT "group", CASE WHEN weight > 0 THEN 'include' ELSE 'exclude' END AS label
+FROM lake.main.weights WHERE recipe = {recipe} AND mixture = {weights} AND {there}
+"""
+ALL = 2**62
+
+
+def write_texts(run: Run, learner: Learner, path: Path) -> None:
+    """The texts of a [models.x] entry as a Parquet file. RecipeError where there is nothing, or no label, to learn."""
+    definition = learner.definition
+    seed = seed_of(run, learner)
+    if isinstance(definition, Classifier):
+        _write_labelled(run, learner, definition, seed, path)
+        return
+    place = f"models.{learner.name}"
+    with _learned(run, learner, definition) as space:
+        columns = space.read("FROM asked LIMIT 0").schema.names
+        prompt = "CAST(prompt AS VARCHAR)" if "prompt" in columns else "NULL::VARCHAR"
+        select, aside = LEARNED.format(prompt=prompt, seed=seed, holdout=definition.holdout), path.with_name("all")
+        if not _write(space, select, aside):
+            raise RecipeError(f"{place}: there is nothing to learn, no row has a text; look at its query or file")
+        aside.rename(path)
+
+
+def seed_of(run: Run, learner: Learner) -> int:
+    """The seed of everything that a model's training leaves to chance."""
+    seed = learner.definition.seed
+    return run.graph.recipe.seed if seed is None else seed
+
+
+@contextmanager
+def _learned(run: Run, learner: Learner, definition: LanguageModel) -> Iterator[LakeSpace]:
+    if definition.targets is not None:
+        with _file(run, f"models.{learner.name}.targets", definition.targets) as space:
+            yield space
+    else:
+        query = definition.query or f"SELECT text FROM mixture({quote(str(definition.mixture))}), range(copies)"
+        field = "query" if definition.query else "mixture"
+        with _asked(run, learner, field, query) as space:
+            yield space
+
+
+def _write_labelled(run: Run, learner: Learner, definition: Classifier, seed: int, path: Path) -> None:
+    place, aside = f"models.{learner.name}", path.with_name("all")
+    limit = definition.per_label or ALL
+    parts: list[Path] = []
+
+    def keep(space: LakeSpace, what: str, text: str, label: str) -> None:
+        columns = space.read("FROM asked LIMIT 0").schema.names
+        document = "CAST(document AS VARCHAR)" if "document" in columns else "NULL::VARCHAR"
+        select = f"SELECT CAST({label} AS VARCHAR) AS label, {text} AS text, {document} AS document FROM asked"
+        bad = "label IS NULL OR NOT regexp_full_match(label, '[^\\s]+')"
+        wrong = space.read(f"SELECT label FROM ({select}) WHERE {bad} LIMIT 1").read_all().column(0).to_pylist()
+        if wrong:
+            raise RecipeError(f"{place}.{what}: the label {wrong[0]!r} is no word; give every row one, without spaces")
+        parts.append(path.with_name(f"part-{len(parts)}.parquet"))
+        _write(space, f"FROM ({select}) WHERE text <> ''", parts[-1])
+
+    if definition.query is not None:
+        with _asked(run, learner, "query", definition.query) as space:
+            keep(space, "query", "CAST(text AS VARCHAR)", "label")
+    if definition.weights is not None and learner.labels is not None:
+        group, where = learner.labels
+        # A group that `given` does not give has no weight; one without an estimate is not known to have none.
+        method = run.graph.recipe.weights[definition.weights].method
+        groups = GROUPS.format(
+            recipe=quote(run.graph.recipe.name),
+            weights=quote(definition.weights),
+            there="estimate IS NOT NULL" if method == "perplexity_correlation" else "true",
+        )
+        query = OF_GROUPS.format(
+            group=group.sql,
+            where=where.sql if where else "true",
+            join="LEFT" if method == "given" else "INNER",
+            seed=seed,
+            per_label=limit,
+        )
+        with _asked(run, learner, "weights", query, {"_groups": groups}) as space:
+            keep(space, "weights", "text", "label")
+    for label, file in definition.targets.items():
+        with _file(run, f"{place}.targets.{label}", file) as space:
+            keep(space, f"targets.{label}", "coalesce(prompt, '') || text", quote(label))
+
+    relations = {"labelled": f"FROM read_parquet([{', '.join(quote(str(part)) for part in parts)}])"}
+    with run.lake.space(relations, attached=False) as space:
+        _write(space, LABELLED.format(seed=seed, holdout=definition.holdout, per_label=limit), aside)
+    learned = pq.read_table(aside, columns=["label", "heldout"])
+    labels = learned.column("label").unique().to_pylist()
+    if len(labels) < 2:
+        raise RecipeError(
+            f"{place}: {learned.num_rows} texts, and all of them have the label {labels[0]!r}; a classifier needs two"
+            if labels
+            else f"{place}: there is nothing to learn, no row has a text; look at its query, weights or files"
+        )
+    kept = learned.filter(~learned.column("heldout").to_numpy()).column("label").unique().to_pylist()
+    if lost := sorted(set(labels) - set(kept)):
+        raise RecipeError(f"{place}: all texts labelled {lost[0]!r} are held out; lower holdout, or give more of them")
+    for part in parts:
+        part.unlink()
+    aside.rename(path)
+
+
+def _write(space: LakeSpace, select: str, path: Path) -> int:
+    """The rows of the select, in its order; returns how many."""
+    reader, rows = space.read(select), 0
+    with pq.ParquetWriter(path, reader.schema, compression="zstd") as writer:
+        for batch in reader:
+            rows += batch.num_rows
+            writer.write_batch(batch)
+    return rows
+
+
+@contextmanager
+def _file(run: Run, place: str, path: str) -> Iterator[LakeSpace]:
+    """The lines of a JSONL file as the relation `asked`."""
+    try:
+        with run.lake.space({"asked": TARGETS.format(path=quote(path))}, attached=False) as space:
+            (lost,) = space.read("SELECT count(*) FROM asked WHERE text IS NULL").read_all().column(0).to_pylist()
+            if lost:
+                raise RecipeError(f"{place}: {lost} lines have none of text, completion and answer; mend the file")
+            yield space
+    except QueryError as error:
+        raise RecipeError(f"{place}: {error}") from None
+
+
+@contextmanager
+def _asked(
+    run: Run, learner: Learner, field: str, query: str, more: dict[str, str] | None = None
+) -> Iterator[LakeSpace]:
+    """The rows of a query over the recipe's names, and `more`, as the relation `asked`."""
+    graph = run.graph
+    for name in learner.reads:
+        if name in (graph.recipe.mixtures.keys() | graph.recipe.weights.keys()) and not current(run, name):
+            kind, verb = ("mixture", "mix") if name in graph.recipe.mixtures else ("weights", "weigh")
+            raise RecipeError(
+                f"models.{learner.name}: {kind} {name} is not up to date; "
+                f"run: corpusmill {verb} RECIPE {name} --lake {run.lake.folder}"
+            )
+    paths_of(run, {(name, "computed") for name in learner.reads if name in graph.entries})
+    there = views(run) | (more or {})
+    names = {name: there[name] for name in ("documents", "corpus", *graph.entries, *(more or {})) if name in there}
+    try:
+        with run.lake.asked(query, names, {k: v for k, v in macros(run).items() if k == "mixture"}) as space:
+            yield space
+    except QueryError as error:
+        raise RecipeError(f"models.{learner.name}.{field}: {error}") from None
