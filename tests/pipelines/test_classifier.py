@@ -226,11 +226,11 @@ def test_preselect_from_losses_to_the_best_tenth_by_characters(job):
                 },
                 "page": {"scorer": "fasttext", "model": "models.quality", "label": "__label__good"},
             },
-            models={"quality": {**SMALL, "query": query, "profile": "preselect", "holdout": 0.1}},
+            models={"quality": {**SMALL, "query": query, "profile": "preselect", "holdout": 0.3}},
             mixtures={"best": {"tokens": "length(text)", "order_by": "page.score", "budget_fraction": 0.1}},
         )
     )
-    assert done.counts["quality"]["documents"] == pytest.approx(60 * 0.9, abs=8)
+    assert done.counts["quality"]["documents"] == pytest.approx(60 * 0.7, abs=10)
     assert done.counts["quality"]["auroc"] == {"good": 1.0, "poor": 1.0}
     total, taken, sites = job.ask(
         "SELECT sum(length(text)), sum(length(text)) FILTER (doc_id IN (SELECT doc_id FROM mixture('best'))), "
