@@ -2,18 +2,23 @@
 
 What the library does, and what is done about it here: it takes one line and raises on a line break (a profile says
 how lines become one); it adds 1e-5 to every probability (clipped to 1); it returns nothing where no token of a text
-is in its dictionary (NULL); it takes a word such as __label__x in a text for a label and skips it.
+is in its dictionary (NULL); it takes a word such as __label__x in a text for a label and skips it; it reads the model
+into each process by itself (most models are mapped instead, see fasttext_mapped).
 """
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pyarrow as pa
 
 from scorers.base import MapSpec, ModelPath, Score
+from scorers.classifiers import fasttext_file
+from scorers.classifiers.fasttext_file import ModelFile
+from scorers.classifiers.fasttext_mapped import Mapped, can_map
 from storage.errors import RecipeError
 from storage.schema import Column
 
@@ -31,8 +36,10 @@ PROFILES: dict[Profile, Callable[[str], str]] = {
 class FastText(MapSpec):
     """P(label) by a supervised fastText model.
 
-    model: the file (.bin or .ftz), or "models.x", a classifier that the recipe trains. It is held in memory once per
-        worker: 2.4 GB for DCLM's.
+    model: the file (.bin or .ftz), or "models.x", a classifier that the recipe trains. A .bin without subwords and
+        hierarchical softmax is mapped: all workers of a machine share one copy of it, and each has 24 bytes per word
+        of the dictionary for itself (100 MB for DCLM's of 2.4 GB). Any other is read into each worker. While a run
+        reads a file, it may be replaced, but not written into.
     label: with its prefix, as in the model ("__label__hq").
     profile: how a text becomes the one line that fastText wants. It must be the one that the model was trained with,
         as it is where the recipe trains it; else left out it is plain:
@@ -61,25 +68,19 @@ class FastText(MapSpec):
         return trained or self.profile or "plain"
 
     def build(self, device: str = "cpu") -> Score:
-        model = load(self.model)
-        labels = model.get_labels()
-        if self.label not in labels:
-            near = difflib.get_close_matches(self.label, labels, 1, 0.0)
+        file = fasttext_file.read(self.model)
+        if self.label not in file.labels:
+            near = difflib.get_close_matches(self.label, file.labels, 1, 0.0)
             raise RecipeError(f"label: {self.model!r} has no label {self.label!r}; did you mean {near[0]!r}?")
+        predict = mapped(file, self.label) if can_map(file) else by_library(file, self.label)
         normalise = PROFILES[self._profile()]
-
-        def probability(text: str) -> float | None:
-            if not text or text.isspace():
-                return None
-            found, probabilities = model.predict(normalise(text), k=len(labels))
-            if self.label not in found:
-                return None if not found else 0.0
-            return min(float(probabilities[found.index(self.label)]), 1.0)
-
         schema = pa.schema([("score", pa.float32())])
 
         def score(documents: pa.RecordBatch) -> pa.RecordBatch:
-            scores = [probability(text) for text in documents["text"].to_pylist()]
+            texts = documents["text"].to_pylist()
+            shown = [bool(text) and not text.isspace() for text in texts]
+            found = iter(predict([normalise(text) for text, there in zip(texts, shown, strict=True) if there]))
+            scores = [next(found) if there else None for there in shown]
             return pa.record_batch([pa.array(scores, pa.float32())], schema=schema)
 
         return score
@@ -94,14 +95,39 @@ def trained_profile(model: str) -> Profile | None:
     return profile
 
 
+Predict = Callable[[Sequence[str]], Sequence[float | None]]
+"""P(label) for each line; None where the model knows no token of it."""
+
+
+def mapped(file: ModelFile, label: str) -> Predict:
+    model, place = Mapped(file), file.labels.index(label)
+
+    def predict(lines: Sequence[str]) -> Sequence[float | None]:
+        probabilities, known = model(lines)
+        scores = np.minimum(probabilities[:, place], 1).tolist()
+        return [score if there else None for score, there in zip(scores, known.tolist(), strict=True)]
+
+    return predict
+
+
+def by_library(file: ModelFile, label: str) -> Predict:
+    model, labels = load(file.path), len(file.labels)
+
+    def probability(line: str) -> float | None:
+        found, probabilities = model.predict(line, k=labels)
+        if label not in found:
+            return None if not found else 0.0
+        return min(float(probabilities[found.index(label)]), 1.0)
+
+    return lambda lines: [probability(line) for line in lines]
+
+
 def load(path: str) -> Any:
-    """A fastText model. RecipeError where the file is none, or is not supervised."""
+    """The library's model. RecipeError where the file is no whole fastText model, or is not supervised."""
+    fasttext_file.read(path)
     import fasttext
 
     try:
-        model = fasttext.load_model(path)
-    except (ValueError, MemoryError) as error:  # the latter from a file that was cut short
+        return fasttext.load_model(path)
+    except (ValueError, MemoryError) as error:
         raise RecipeError(f"model: {path!r} is no whole fastText model ({error}); name a .bin or .ftz file") from error
-    if model.f.getArgs().model.name != "supervised":
-        raise RecipeError(f"model: {path!r} was not trained with labels; name a supervised fastText model")
-    return model

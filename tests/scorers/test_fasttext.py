@@ -1,15 +1,89 @@
-"""fastText classifiers with a real, tiny model: probabilities, the one line that a text becomes, and bad files."""
+"""fastText classifiers with real, tiny models: probabilities, the one line that a text becomes, and bad files."""
 
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import fasttext
+import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from scorer_examples import fasttext_file
 
-from scorers.classifiers.fasttext import PROFILES, FastText, Profile
+from scorers.classifiers.fasttext import PROFILES, FastText, Profile, load
+from scorers.classifiers.fasttext_file import read
+from scorers.classifiers.fasttext_mapped import Mapped, can_map
 from storage.errors import RecipeError
+
+FOLDER = TemporaryDirectory()
+POOL = [
+    *("a", "be", "apple", "naïve", "日本語", "\u00a0wide", "eight888", "nine99999", "</s", "once", "0" * 64, "1" * 65),
+    *("seventeen_letters", "seventeen_letter", "é" * 40),
+]
+"""Words of the models' dictionaries, which are of all lengths that are hashed in another way."""
+STRANGE = ["</s>", "__label__x", "__label__", "__label_", "__label__new", "oov", "日本", "2" * 64, "3" * 66, "é" * 41]
+
+
+@lru_cache
+def trained(name: str, **arguments: Any) -> str:
+    """A model of the words in POOL, whose matrices hold noise instead of what was learned: each row counts."""
+    lines = [
+        f"__label__{label} {' '.join(words)}"
+        for label in ("x", "y", "z")
+        for words in (POOL[::2], POOL[1::2], POOL * 2, ["</s>"])
+    ]
+    corpus = Path(FOLDER.name, "lines.txt")
+    corpus.write_text("\n".join(lines) + "\nonce\n")
+    chosen = {"dim": 5, "bucket": 1009, "thread": 10, "verbose": 0, "epoch": 1, "minCount": 1} | arguments
+    model = fasttext.train_supervised(str(corpus), **chosen)  # with fewer than ten threads it leaves vectors unset
+    path = Path(FOLDER.name, name)
+    model.save_model(str(path))
+    file = read(str(path))
+    rng, data = np.random.default_rng(0), bytearray(path.read_bytes())
+    for begin, rows in ((file.input, file.words + file.bucket), (file.output, len(file.labels))):
+        assert begin is not None
+        noise = rng.normal(size=rows * file.dim).astype("<f4").tobytes()
+        data[begin : begin + len(noise)] = noise
+    path.write_bytes(data)
+    return str(path)
+
+
+PREDICTED = {
+    "unigrams.bin": {"wordNgrams": 1},
+    "bigrams.bin": {"wordNgrams": 2},
+    "four.bin": {"wordNgrams": 4, "bucket": 2_000_003, "dim": 2},
+    "no_end.bin": {"wordNgrams": 2, "minCount": 14},  # </s> comes 13 times
+    "one_vs_all.bin": {"wordNgrams": 2, "loss": "ova"},
+    "negatives.bin": {"wordNgrams": 3, "loss": "ns"},
+}
+BY_LIBRARY = {
+    "subwords.bin": {"wordNgrams": 2, "minn": 2, "maxn": 3},
+    "hierarchical.bin": {"wordNgrams": 2, "loss": "hs"},
+}
+
+
+@lru_cache
+def both(name: str) -> tuple[Mapped, Any, list[str]]:
+    path = trained(name, **PREDICTED[name])
+    file = read(path)
+    assert can_map(file)
+    return Mapped(file), load(path), file.labels
+
+
+def library(model: Any, labels: list[str], line: str) -> list[float] | None:
+    found, probabilities = model.predict(line, k=len(labels))
+    return [probabilities[found.index(label)] for label in labels] if found else None
+
+
+tokens = st.one_of(st.sampled_from(POOL), st.sampled_from(STRANGE), st.text(max_size=20))
+spaces = st.sampled_from([" ", "  ", "\t", "\v", "\f", "\r", "\0", "\u00a0", "\u2028", ""])
+lines = st.lists(st.tuples(tokens, spaces), max_size=30).map(
+    lambda parts: "".join(token + space for token, space in parts).replace("\n", "")
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +159,99 @@ def test_what_is_no_classifier_is_the_recipes_error(model: str, tmp_path: Path) 
         FastText(model=str(broken), label="__label__good").build()
     with pytest.raises(ValidationError, match="profile"):
         FastText(model=model, label="x", profile="other")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", PREDICTED)
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(lines, max_size=8))
+@example(texts=["", " ", "</s>", "</s> apple", "apple </s> be", "__label__x", "__label__x </s> a", "oov oov", "once"])
+@example(texts=["apple " * 5000, "", "\0".join(STRANGE), " ".join(chr(200 + i) * i for i in range(1, 150)), "z" * 9000])
+def test_a_mapped_model_says_what_the_library_says(name: str, texts: list[str]) -> None:
+    mapped, model, labels = both(name)
+    probabilities, known = mapped(texts)
+    assert probabilities.shape == (len(texts), len(labels))
+    expected = [library(model, labels, text) for text in texts]
+    assert known.tolist() == [each is not None for each in expected]
+    for found, wanted in zip(probabilities, expected, strict=True):
+        if wanted is not None:
+            assert found.tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_mapped_model_is_not_copied() -> None:
+    """Beside the tables of the words, a process has nothing of the model for itself: 40 MB in this one."""
+    both("bigrams.bin")[0](["apple"])  # torch is loaded
+    path = trained("large.bin", wordNgrams=2, dim=100, bucket=100_000)
+    spec = FastText(model=path, label="__label__x")
+    text = pa.array([" ".join(map(str, range(50_000)))], pa.large_string())
+    before = own_bytes()
+    score = spec.build()
+    score(pa.record_batch({"text": text}))
+    mapped = own_bytes()
+    copy = load(path)
+    assert own_bytes() - mapped > 38e6
+    assert mapped - before < 15e6
+    del copy
+
+
+def own_bytes() -> int:
+    """Memory of this process that no file is behind of."""
+    rollup = Path("/proc/self/smaps_rollup")
+    if not rollup.exists():
+        pytest.skip("the system does not say")
+    fields = {line.split()[0]: line.split()[1] for line in rollup.read_text().splitlines()[1:]}
+    return int(fields["Anonymous:"]) * 1024
+
+
+@pytest.mark.parametrize("name", ["subwords.bin", "hierarchical.bin", "quantised.ftz", "quantised_output.ftz"])
+def test_other_models_are_the_librarys(name: str) -> None:
+    path = quantised(name) if name.endswith("ftz") else trained(name, **BY_LIBRARY[name])
+    assert not can_map(read(path))
+    model = load(path)
+    texts = ["apple be", "nine99999 oov", "</s>"]
+    labels = model.get_labels()
+    for label in labels[:3]:
+        expected = [dict(zip(*model.predict(text, k=len(labels)), strict=True)).get(label, 0.0) for text in texts]
+        assert scores(path, *texts, label=label) == pytest.approx([min(value, 1.0) for value in expected], abs=1e-6)
+
+
+@lru_cache
+def quantised(name: str) -> str:
+    path = str(Path(FOLDER.name, name))
+    model = load(trained("before.bin", wordNgrams=2, bucket=997, dim=8))
+    model.quantize(qout=False, qnorm=True, dsub=2)
+    if name == "quantised_output.ftz":  # 256 labels at least
+        lines = [f"__label__{'x' * (i == 0) or i} {' '.join(POOL)}" for i in range(300)]
+        corpus = Path(FOLDER.name, "labels.txt")
+        corpus.write_text("\n".join(lines) + "\n")
+        model = fasttext.train_supervised(str(corpus), dim=8, bucket=997, wordNgrams=2, thread=10, verbose=0, epoch=1)
+        model.quantize(qout=True, qnorm=False, dsub=2)
+    model.save_model(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["bigrams.bin", "subwords.bin", "quantised.ftz", "quantised_output.ftz"])
+def test_a_file_that_was_cut_short_is_told_before_it_is_loaded(name: str, tmp_path: Path) -> None:
+    path = quantised(name) if name.endswith("ftz") else trained(name, **(PREDICTED | BY_LIBRARY)[name])
+    whole = Path(path).read_bytes()
+    cut = tmp_path / name
+    for length in [*range(1, 1500, 7), *range(1500, len(whole), 997), len(whole) - 1]:
+        cut.write_bytes(whole[:length])
+        with pytest.raises(RecipeError, match=f"cut short, {length:,} bytes of at least [0-9,]+;"):
+            read(str(cut))
+    cut.write_bytes(whole[:-1])
+    with pytest.raises(RecipeError, match=f"{len(whole) - 1:,} bytes of at least {len(whole):,}"):
+        FastText(model=str(cut), label="__label__x").build()
+    cut.write_bytes(b"")
+    with pytest.raises(RecipeError, match="empty"):
+        read(str(cut))
+
+
+def test_what_a_file_says_of_itself_must_agree(tmp_path: Path) -> None:
+    path = trained("bigrams.bin", **PREDICTED["bigrams.bin"])
+    whole, file = Path(path).read_bytes(), read(path)
+    assert file.input is not None
+    broken = tmp_path / "broken.bin"
+    for place, what in ((8 + 48 + 8 + 4, "words and 3 labels in"), (file.input - 16, "a matrix of")):
+        broken.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(RecipeError, match=what):
+            read(str(broken))
