@@ -76,6 +76,8 @@ class CausalLM:
     does what the tokenizer itself does with a text. RecipeError when the model cannot be loaded or does not fit these.
 
     `places` and `fed` count, over all calls, the places of the forward passes and those of them that held a token.
+    `model` is transformers' own, `embeddings` its number of input embeddings; `blockwise` says whether its logits are
+    no more than the output embedding applied to its body's hidden states.
     """
 
     def __init__(
@@ -94,21 +96,21 @@ class CausalLM:
         tokenizer = load_pretrained(path, remote_code=remote_code)
         self._tokenizer = tokenizer.backend_tokenizer
         self.prefix = _prefix(tokenizer, bos)
-        self._model = load_model(path, dtype, remote_code=remote_code).to(device).eval()
-        self._device = torch.device(device)
-        self._embeddings: int = self._model.get_input_embeddings().weight.shape[0]
-        if self._tokenizer.get_vocab_size(with_added_tokens=False) > self._embeddings:
+        self.model = load_model(path, dtype, remote_code=remote_code).to(device).eval()
+        self.device = torch.device(device)
+        self.embeddings: int = self.model.get_input_embeddings().weight.shape[0]
+        if self._tokenizer.get_vocab_size(with_added_tokens=False) > self.embeddings:
             raise RecipeError(
-                f"the tokenizer in {path!r} has more tokens than the model's {self._embeddings}; use the model's own"
+                f"the tokenizer in {path!r} has more tokens than the model's {self.embeddings}; use the model's own"
             )
-        self.context = _context(self._model.config, context)
+        self.context = _context(self.model.config, context)
         if self.context <= max(1, len(self.prefix)):
             raise RecipeError(f"context = {self.context} leaves no token to predict; raise it")
         self.stride = self.context // 2 if stride is None else stride
         if not 1 <= self.stride <= self.context:
             raise RecipeError(f"stride = {stride} is not between 1 and the context, {self.context}; correct it")
         self.places = self.fed = 0
-        self._logits, self._batch_tokens = self._head()
+        self._logits, self._batch_tokens, self.blockwise = self._head()
 
     @property
     def padding(self) -> float:
@@ -130,7 +132,7 @@ class CausalLM:
         wanted: tuple[Statistic, ...] = ("log_prob", *(s for s in statistics if s != "log_prob"))
         first = 0 if self.prefix else 1
         width = self.context - len(self.prefix)
-        known = [t if t and (t.ids.size == 0 or t.ids.max() < self._embeddings) else None for t in tokens]
+        known = [t if t and (t.ids.size == 0 or t.ids.max() < self.embeddings) else None for t in tokens]
         ids = [t.ids if t else np.empty(0, np.int64) for t in known]
         todo = longest_first([w for i, n in enumerate(ids) for w in windows(i, n.size, width, self.stride, first)])
         lengths = [w.stop - w.start + len(self.prefix) - 1 for w in todo]  # the last token is only ever a target
@@ -165,7 +167,7 @@ class CausalLM:
         except torch.OutOfMemoryError as error:
             if len(rows) == 1:
                 raise ShardError(
-                    f"a window of {rows[0][0].size} tokens does not fit into the memory of {self._device}: lower "
+                    f"a window of {rows[0][0].size} tokens does not fit into the memory of {self.device}: lower "
                     "`context`, or free the device"
                 ) from error
         # go on outside of the handler, whose traceback keeps the failed batch's tensors alive
@@ -187,14 +189,14 @@ class CausalLM:
             places.append(number * length + np.arange(first + shift, ids.size + shift))
             targets.append(ids[first:])
         with torch.inference_mode():
-            moved = [to_device(a, self._device) for a in (inputs, np.concatenate(places), np.concatenate(targets))]
+            moved = [to_device(a, self.device) for a in (inputs, np.concatenate(places), np.concatenate(targets))]
             values = self._logits(*moved, wanted)
         self.places += inputs.size
         self.fed += sum(ids.size + shift for ids, _ in rows)
         return values
 
-    def _head(self) -> tuple[Callable[..., "torch.Tensor"], int]:
-        """How this model's logits are had, and how many tokens may go through it at once.
+    def _head(self) -> tuple[Callable[..., "torch.Tensor"], int, bool]:
+        """How this model's logits are had, how many tokens may go through it at once, and whether by blocks.
 
         The rule is to run the body and to apply the output embedding to the predicted places, a block at a time. Some
         models do more to their logits (Gemma 2 caps them, Cohere and Granite scale them), so a probe is run both ways,
@@ -203,9 +205,9 @@ class CausalLM:
         """
         import torch
 
-        kind = "cpu" if self._device.type == "cpu" else "cuda"
+        kind = "cpu" if self.device.type == "cpu" else "cuda"
         limit = BATCH_TOKENS[kind]
-        model, body, head = self._model, self._model.base_model, self._model.get_output_embeddings()
+        model, body, head = self.model, self.model.base_model, self.model.get_output_embeddings()
 
         def hidden_states(ids: torch.Tensor) -> torch.Tensor:
             hidden: torch.Tensor = body(input_ids=ids, use_cache=False)[0]
@@ -231,7 +233,7 @@ class CausalLM:
             return in_blocks(lambda block: logits[places[block]], targets, wanted)
 
         with torch.inference_mode():
-            probe = torch.arange(8, device=self._device).repeat(2, 1) % self._embeddings
+            probe = torch.arange(8, device=self.device).repeat(2, 1) % self.embeddings
             probe[1, 4:] = 0
             logits = model(input_ids=probe, use_cache=False).logits
             if (logits[0, :4] - logits[1, :4]).abs().max() > 0.05 * logits.abs().max():
@@ -239,8 +241,8 @@ class CausalLM:
             vocabulary: int = logits.shape[-1]
             plain = isinstance(head, torch.nn.Module) and body is not model
             if plain and torch.equal(head(hidden_states(probe)), logits):
-                return from_hidden, limit
-        return from_logits, min(limit, max(1, FULL_LOGITS // vocabulary))
+                return from_hidden, limit, True
+        return from_logits, min(limit, max(1, FULL_LOGITS // vocabulary)), False
 
 
 def load_model(path: str, dtype: DType, *, remote_code: bool = False) -> Any:

@@ -137,9 +137,9 @@ def naive(model: CausalLM, texts: Sequence[Tokens], batch: int) -> list[np.ndarr
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.from_numpy(row)
             mask[number, : len(row)] = 1
-        ids, mask = ids.to(model._device), mask.to(model._device)
+        ids, mask = ids.to(model.device), mask.to(model.device)
         with torch.no_grad():
-            logits = model._model(input_ids=ids, attention_mask=mask).logits
+            logits = model.model(input_ids=ids, attention_mask=mask).logits
             log_probs = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
         found += [values[: len(row) - 1].cpu().numpy() for row, values in zip(rows, log_probs, strict=True)]
     return found
@@ -206,7 +206,7 @@ def serve(pipe: Connection, shape: str, path: str | None, device: str, dtype: st
     """A process that holds a model and runs what it is told, until it is told nothing more."""
     torch.set_num_threads(threads)
     model = load(shape, path, device, dtype)
-    body, head = model._model.base_model, model._model.get_output_embeddings()
+    body, head = model.model.base_model, model._model.get_output_embeddings()
     clock = Clock(device, [body, head])
     ways: dict[str, Callable[..., Any]] = {
         "real": lambda tokens: real(model, tokens),

@@ -383,11 +383,11 @@ def test_out_of_memory_halves_the_batch(gpt2_dir: str) -> None:
 
         return refuse
 
-    hook = model._model.base_model.register_forward_pre_hook(small_device(1), with_kwargs=True)
+    hook = model.model.base_model.register_forward_pre_hook(small_device(1), with_kwargs=True)
     for found, wanted in zip(model(TEXTS), expected, strict=True):
         np.testing.assert_allclose(found.log_probs, wanted.log_probs, rtol=1e-4, atol=1e-6)
     hook.remove()
-    model._model.base_model.register_forward_pre_hook(small_device(0), with_kwargs=True)
+    model.model.base_model.register_forward_pre_hook(small_device(0), with_kwargs=True)
     with pytest.raises(ShardError, match="lower `context`"):
         model([SENTENCE])
 
