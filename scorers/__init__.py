@@ -10,5 +10,7 @@ SCORERS = {
     "dsir": "scorers.classifiers.dsir:DSIR",
     "language_model": "scorers.lm.measures:LanguageModel",
     "color_filter": "scorers.lm.color_filter:ColorFilter",
+    "self_influence": "scorers.influence.self_influence:SelfInfluence",
+    "gradients": "scorers.influence.index:Gradients",
     "preselect": "scorers.preselect:PreSelect",
 }

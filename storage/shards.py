@@ -69,6 +69,6 @@ def _encodings(schema: pa.Schema) -> dict[str, object]:
     ascending = [f"{field.name}.list.element" for field in schema if field.type == pa.list_(pa.uint16())]
     ascending += ["doc_id"] if "doc_id" in schema.names else []
     return {
-        "use_dictionary": [field.name for field in schema if field.name not in unique] or False,
+        "use_dictionary": [f.name for f in schema if f.name not in unique and f.type != pa.large_binary()] or False,
         "column_encoding": dict.fromkeys(ascending, "DELTA_BINARY_PACKED"),
     }

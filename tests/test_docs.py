@@ -45,6 +45,8 @@ NEEDED = {
         "model": "model",
         "measures": get_args(Measure),
     },
+    "self_influence": {"model": "model"},
+    "gradients": {"model": "model"},
     "dsir": {"targets": "target.jsonl"},
     "color_filter": {"inputs": {"prior": "a.nats_per_token", "conditional": "b.nats_per_token"}},
     "preselect": {"inputs": dict.fromkeys("abc", "a.nats"), "ability": {"a": 1, "b": 2, "c": 3}},

@@ -87,8 +87,8 @@ def sequence_classifier(folder: Path) -> dict[str, Any]:
     return {"model": classifier_folder(folder, "Good", "very bad", "so-so"), "labels": ["Good", "so-so"]}
 
 
-def language_model(folder: Path) -> dict[str, Any]:
-    """Two layers with random weights, seeded."""
+def language_model_folder(folder: Path) -> str:
+    """A Llama of two layers with random weights, seeded."""
     import torch
     from tokenizers import Tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -99,12 +99,24 @@ def language_model(folder: Path) -> dict[str, Any]:
     config = LlamaConfig(vocab_size=tokenizer.get_vocab_size(), max_position_embeddings=128, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def language_model(folder: Path) -> dict[str, Any]:
     return {
-        "model": str(folder / "model"),
+        "model": language_model_folder(folder),
         "measures": list(get_args(Measure)),
         "k": [0.1, 0.2],
         "top_k": 200,
     }
+
+
+def self_influence(folder: Path) -> dict[str, Any]:
+    return {"model": language_model_folder(folder), "layers": ["model.layers.0.*"]}
+
+
+def gradients(folder: Path) -> dict[str, Any]:
+    return {"model": language_model_folder(folder), "projection": 4}
 
 
 def dsir(folder: Path) -> dict[str, Any]:
@@ -134,6 +146,8 @@ EXAMPLES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "sequence_classifier": sequence_classifier,
     "dsir": dsir,
     "language_model": language_model,
+    "self_influence": self_influence,
+    "gradients": gradients,
     "color_filter": color_filter,
     "preselect": preselect,
 }

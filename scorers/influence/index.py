@@ -1,0 +1,113 @@
+"""The gradient index: each document's projected gradient, kept in the lake for any number of target sets.
+
+A row is the gradient's direction as float16, little-endian, and its length as float32 beside it: one index answers
+cosines and inner products alike. A unit row of d numbers has entries of about 1/sqrt(d), so float16 neither overflows
+nor flushes a row to zero, whatever the gradient's own size.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import Field
+
+from scorers.base import Column, Staged
+from scorers.influence.gradients import projected
+from scorers.influence.projection import Combine
+from scorers.influence.spec import Documents, GradientSpec, staged
+from storage.errors import SchemaError
+
+FLOAT16 = np.dtype("<f2")
+
+
+class Gradients(GradientSpec):
+    """Gradients of documents' losses, projected at random, as rows of float16.
+
+    projection: p numbers for each side of a layer's gradient, so p^2 a layer. Inner products are unbiased; the standard
+        deviation of a cosine c over d numbers is about (1 - c^2) / sqrt(d). Sides no longer than p stay as they are.
+    combine: "concatenate" keeps the layers' blocks apart, in name order (LoGra, TrackStar; d = p^2 times the layers);
+        "sum" adds them into one projection of the whole gradient (LESS, TRAK; d = p^2 whatever the model).
+    seed: of the projection's signs, with the layers' names.
+
+    `gradient` is the unit row, `norm` its length before: |g| but for the projection. Rows of different models, layers,
+    projections or seeds do not compare. All three are NULL where the gradient is not finite or no token is predicted
+    (n_tokens is then 0), and where the text has a token that the model has no embedding for. A gradient of zero has a
+    row of zeros.
+    """
+
+    scorer: Literal["gradients"] = "gradients"
+    projection: Annotated[int, Field(ge=1)] = 16
+    combine: Combine = "concatenate"
+    seed: Annotated[int, Field(ge=0)] = 0
+    version: ClassVar[int] = 1
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (
+            Column("gradient", pa.large_binary(), "direction of the projected gradient, float16"),
+            Column("norm", pa.float32(), "length of the projected gradient of the loss", "nats"),
+            Column("n_tokens", pa.int64(), "predicted tokens", "tokens"),
+        )
+
+    def build(self, device: str = "cpu") -> Staged[Documents]:
+        """RecipeError when the model cannot be loaded or a layer cannot be captured."""
+        model = self.load(device)
+        projection = model.projection(self.projection, seed=self.seed, combine=self.combine)
+
+        def finish(documents: Documents) -> pa.RecordBatch:
+            n_tokens = np.array([model.n_predicted(d) if d else 0 for d in documents], np.int64)
+            rows, norms = unit(projected(model, documents, projection))
+            unknown = (n_tokens == 0) | ~np.isfinite(norms)
+            return pa.record_batch(
+                [
+                    packed(rows, unknown),
+                    pa.array(norms, pa.float32(), mask=unknown),
+                    pa.array(n_tokens, pa.int64(), mask=np.array([d is None for d in documents], np.bool_)),
+                ],
+                names=["gradient", "norm", "n_tokens"],
+            )
+
+        return staged(model, finish)
+
+
+def unit(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Rows [n, d] at length 1 and their lengths [n]. Zeros stay zeros; a row that is not finite gets such a length."""
+    largest = np.abs(rows).max(axis=1, initial=0)
+    usable = np.isfinite(largest) & (largest > 0)
+    scale = np.where(usable, largest, 1).astype(np.float32)[:, None]
+    rows = rows / scale  # squares of small numbers would vanish
+    lengths = np.linalg.norm(rows, axis=1)
+    with np.errstate(over="ignore"):
+        norms: NDArray[np.float32] = lengths * scale[:, 0]
+    return rows / np.where(usable, lengths, 1).astype(np.float32)[:, None], norms
+
+
+def packed(rows: NDArray[np.float32], unknown: NDArray[np.bool_]) -> pa.Array:
+    """Rows [n, d] as the bytes of d little-endian float16 each; NULL where `unknown`."""
+    found = np.where(unknown[:, None], 0, rows).astype(FLOAT16)
+    width = found.shape[1] * FLOAT16.itemsize
+    offsets = np.arange(len(found) + 1, dtype=np.int64) * width
+    valid = pa.array(~unknown).buffers()[1]
+    return pa.Array.from_buffers(
+        pa.large_binary(),
+        len(found),
+        [valid, pa.py_buffer(offsets), pa.py_buffer(found.tobytes())],
+        int(unknown.sum()),
+    )
+
+
+def unpacked(column: pa.Array) -> NDArray[Any]:
+    """The rows [n, d] of a `gradient` column's chunk, float16, as they lie in its memory; NULLs are no rows of it.
+
+    SchemaError when rows differ in length: they come of different projections.
+    """
+    column = column.drop_null()
+    if not len(column):
+        return np.empty((0, 0), FLOAT16)
+    offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]
+    widths = np.diff(offsets)
+    if (widths != widths[0]).any() or widths[0] % FLOAT16.itemsize:
+        raise SchemaError("the gradients differ in length: they are of different projections or layers")
+    data = np.frombuffer(column.buffers()[2], np.uint8)[offsets[0] : offsets[-1]]
+    return data.view(FLOAT16).reshape(len(column), -1)
