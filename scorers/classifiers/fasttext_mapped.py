@@ -37,6 +37,7 @@ END, LABEL = b"</s>", b"__label__"
 WINDOW = 8  # bytes that are hashed at once
 LONG = 64  # bytes; the identity of a longer token is made by itself
 FEW = 16  # tokens; for fewer, Python by itself is faster than a round of numpy
+GROUP_CHARS = 1 << 20  # in one go; fewer are slower, of a million words the table is not in the cache anyway
 LOW_BYTES = np.array([(1 << 8 * count) - 1 for count in range(WINDOW + 1)], np.uint64)
 STEPS, BOUND = 512, 8  # of the library's table of the logistic function
 ADDED = np.float32(1e-5)
@@ -73,7 +74,7 @@ class Mapped:
 
     def __call__(self, lines: Sequence[str]) -> tuple[Floats, NDArray[np.bool_]]:
         """P(label) + 1e-5 as the library has it, [lines, labels]; whether the model knows anything of it, [lines]."""
-        parts = [self._hidden(lines[part]) for part in words.groups(lines)]
+        parts = [self._hidden(lines[part]) for part in words.groups(lines, GROUP_CHARS)]
         hidden = np.concatenate([np.empty((0, self._file.dim), np.float32), *(part for part, _ in parts)])
         known = np.concatenate([np.empty(0, bool), *(part for _, part in parts)])
         logits = np.zeros((len(hidden), len(self._output)), np.float32)
@@ -156,12 +157,13 @@ class _Table:
 
     def __init__(self, identities: Hashes) -> None:
         order = np.argsort(identities)
-        self._hashes = np.append(identities[order], LOW_BYTES[-1])  # nothing is beyond the last
-        self._places = np.append(order, -1).astype(np.int32)
+        found = identities[order]
         bits = max(1, len(identities).bit_length())
         self._shift = np.uint64(64 - bits)
-        leading = np.arange(1 << bits, dtype=np.uint64) << self._shift
-        self._firsts = np.searchsorted(identities, leading, sorter=order).astype(np.int32)
+        leading = np.bincount((found >> self._shift).astype(np.int64), minlength=1 << bits)
+        self._firsts = (np.cumsum(leading) - leading).astype(np.int32)
+        self._hashes = np.append(found, LOW_BYTES[-1])  # nothing is beyond the last
+        self._places = np.append(order, -1).astype(np.int32)
 
     def find(self, identities: Hashes) -> Ints:
         """The place of each, -1 for one that is not there."""
