@@ -1,0 +1,122 @@
+"""A target set as a direction: the rows that the rows of a gradient index are multiplied by.
+
+    target texts or (prompt, answer) -> gradients -> preconditioned -> mean, or each by itself -> projected
+
+An influence is the inner product (or cosine) of a document's gradient with such a row. High is good: to first order,
+one step of gradient descent on the document lowers the target's summed loss by that much, times the learning rate. It
+grows with the document's length, a cosine does not.
+
+    none         g_target                        TracIn (Pruthi et al. 2020, arXiv 2002.08484)
+    kfac, ekfac  (H + d I)^-1 g_target           influence functions (Grosse et al. 2023, arXiv 2308.03296), whole size
+    trackstar    unit (R + d I)^-1/2 g_target    the index's rows go through `whitening` too: always a cosine
+
+All but trackstar's unit length are linear, so there the mean of the rows is the row of the mean, and one gradient of
+all texts together is enough.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scorers.influence.curvature import DAMPING, Curvature, fitted, inverse_product
+from scorers.influence.gradients import Document, GradientModel, projected, summed
+from scorers.influence.projection import Projection
+from scorers.influence.trackstar import Whitening, blocks, second_moments, whitening
+from scorers.lm.corpus import first_answer_token
+from scorers.lm.tokenizer import load_tokenizer
+from storage.errors import RecipeError
+
+Preconditioner = Literal["none", "kfac", "ekfac", "trackstar"]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Attributes:
+    rows: [1, d], or with `best_of` one for each text of the target; float32.
+    whitening: what the index's rows go through before they are multiplied; None for nothing.
+    """
+
+    rows: NDArray[np.float32]
+    whitening: Whitening | None = None
+
+
+def answers(model: GradientModel, path: str, pairs: Sequence[tuple[str | None, str]]) -> list[Document | None]:
+    """(prompt or None, text) as documents of prompt + text in whose loss the text's tokens count alone.
+
+    `path`: of the model, whose tokenizer says where each token ends; one that reaches beyond the prompt is the text's.
+    None for what the model cannot read, as `model.documents`.
+    """
+    documents = model.documents([(prompt or "") + text for prompt, text in pairs])
+    tokenizer = load_tokenizer(path)
+    for number, ((prompt, text), document) in enumerate(zip(pairs, documents, strict=True)):
+        if prompt and document is not None:
+            encoding = tokenizer.encode(prompt + text, add_special_tokens=False)
+            answer = len(encoding) - first_answer_token(encoding, len(prompt))
+            targets = np.arange(document.ids.size) >= document.ids.size - answer
+            documents[number] = Document(document.ids, targets)
+    return documents
+
+
+def direction(
+    model: GradientModel,
+    documents: Sequence[Document | None],
+    projection: Projection,
+    *,
+    preconditioner: Preconditioner = "none",
+    fit: Sequence[Document | None] = (),
+    index: Iterable[NDArray[np.floating]] = (),
+    damping: float = DAMPING,
+    best_of: bool = False,
+    sample: int | None = 0,
+) -> Direction:
+    """The direction of a target set of `documents`, for an index of the same `projection` of the same model.
+
+    fit: documents of the corpus that "kfac" and "ekfac" take the curvature of; a few thousand do (Grosse et al.).
+        sample: the seed of the targets that are drawn for it, see scorers.influence.curvature.fitted.
+    index: pieces [n, d] of the index at its gradients' own lengths, for "trackstar"; a sample does.
+    best_of: one row for each text, of which a document's best counts; else their mean.
+
+    RecipeError when no text has a token that counts, when a gradient is not finite, and as the preconditioner's parts.
+    """
+    if preconditioner == "trackstar":
+        at, each = blocks(projection), target(model, documents, projection, best_of=True)
+        white = whitening(second_moments([each], at), second_moments(index, at), at, damping=damping)
+        return Direction(white(each if best_of else each.mean(axis=0, keepdims=True)), white)
+    curvature = None
+    if preconditioner != "none":
+        curvature = fitted(model, fit, eigenvalues=preconditioner == "ekfac", sample=sample)
+    return Direction(target(model, documents, projection, curvature=curvature, damping=damping, best_of=best_of))
+
+
+def target(
+    model: GradientModel,
+    documents: Sequence[Document | None],
+    projection: Projection,
+    *,
+    curvature: Mapping[str, Curvature] | None = None,
+    damping: float = DAMPING,
+    best_of: bool = False,
+) -> NDArray[np.float32]:
+    """The target's projected rows [1, d], or with `best_of` [n, d]; linear in the documents' gradients.
+
+    The inverse curvature is applied in full size, before the projection. A text without a token that counts has no row
+    and no part in the mean. RecipeError when none has one, and when a gradient is not finite.
+    """
+    kept = [document for document in documents if document is not None and model.n_predicted(document)]
+    if not kept:
+        raise RecipeError("the target has no text with a token to predict; give it some")
+    transform = None if curvature is None else inverse_product(curvature, damping=damping)
+    if best_of:
+        rows = projected(model, kept, projection, transform)
+    else:
+        layers = {layer.name: layer for layer in model.layers}
+        whole = {name: gradient / len(kept) for name, gradient in summed(model, kept).items()}
+        if transform is not None:
+            whole = {name: transform(layers[name], gradient) for name, gradient in whole.items()}
+        rows = projection.of(whole).cpu().numpy()[None]
+    if not np.isfinite(rows).all():
+        raise RecipeError('the target\'s gradient is not finite; leave out what makes it so, or take dtype = "float32"')
+    return rows
