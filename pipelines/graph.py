@@ -21,7 +21,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipelines.layers import check_types, plain_column
-from pipelines.models import Classifier, LanguageModel
+from pipelines.models import Classifier, LanguageModel, Target
 from pipelines.recipe import RESERVED, Mixture, Recipe, Selection, Weights
 from pipelines.rule_sets import read_rules
 from scorers.base import ColumnsSpec, MapSpec, Parameters, ReduceSpec, Spec
@@ -106,7 +106,7 @@ class Learner:
     """
 
     name: str
-    definition: LanguageModel | Classifier
+    definition: LanguageModel | Classifier | Target
     reads: tuple[str, ...] = ()
     labels: tuple[Expression, Expression | None] | None = None
     fingerprint: str = ""
@@ -119,9 +119,11 @@ class Learner:
     @property
     def of_documents(self) -> bool:
         """Whether it learns from the lake, and not from files alone."""
-        definition = self.definition
-        named = definition.mixture if isinstance(definition, LanguageModel) else definition.weights
-        return definition.query is not None or named is not None
+        match self.definition:
+            case LanguageModel(mixture=more) | Classifier(weights=more):
+                return self.definition.query is not None or more is not None
+            case Target(query=query, preconditioner=preconditioner):
+                return query is not None or preconditioner != "none"
 
 
 class Graph:
@@ -238,7 +240,15 @@ class Graph:
         for name, score in self.recipe.scores.items():
             reads = set(self.entries[name].maps.values())
             if isinstance(score.spec, ColumnsSpec):
-                reads |= {entry for entry, _ in self._inputs(name, score.spec)}
+                read = {entry for entry, _ in self._inputs(name, score.spec)}
+                for model in self.entries[name].models:
+                    definition = self.recipe.models[model]
+                    if isinstance(definition, Target) and (other := sorted(read - {definition.gradients})):
+                        self._problems.append(
+                            f"scores.{name}.inputs: {other[0]}, but models.{model} is made for {definition.gradients}; "
+                            "gradients of different indexes do not compare"
+                        )
+                reads |= read
             self.entries[name] = replace(self.entries[name], reads=tuple(sorted(reads)))
 
     def _compile_wheres(self) -> None:
@@ -287,6 +297,8 @@ class Graph:
                 reads |= self._asked(f"{place}.query", model.query)
             if isinstance(model, LanguageModel) and model.mixture is not None:
                 reads |= self._known_mixture(f"{place}.mixture", model.mixture)
+            if isinstance(model, Target):
+                reads |= self._index(place, model.gradients)
             if isinstance(model, Classifier) and model.weights is not None:
                 if model.weights not in self.recipe.weights:
                     there = nearest(model.weights, self.recipe.weights)
@@ -295,6 +307,17 @@ class Graph:
                     entries = {entry for part in labels if part for entry, _ in part.references if entry}
                     reads |= {model.weights, *entries}
             self.learners[name] = Learner(name, model, tuple(sorted(reads)), labels)
+
+    def _index(self, place: str, name: str) -> set[str]:
+        """The gradient index of a target, and the models that it is of."""
+        entry = self.entries.get(name)
+        if entry is None or getattr(entry.spec, "scorer", "") != "gradients":
+            there = nearest(
+                name, [n for n, each in self.entries.items() if getattr(each.spec, "scorer", "") == "gradients"]
+            )
+            self._problems.append(f'{place}.gradients: no entry {name!r} with scorer = "gradients"{there}')
+            return set()
+        return {name, *entry.models}
 
     def _asked(self, place: str, query: str) -> set[str]:
         """What the query of a model reads."""

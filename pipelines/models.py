@@ -2,6 +2,7 @@
 
     trainer = "language_model"    (the default) from a query, a mixture or a file of target texts: scorers.lm
     trainer = "fasttext"          a classifier, from labelled texts: scorers.classifiers
+    trainer = "influence"         the gradient of target texts, for an index of gradients: scorers.influence
 
 A model is trained once: later runs, which may see more documents, keep it until its definition changes or `corpusmill
 train` is asked for it.
@@ -14,6 +15,7 @@ from pydantic import Discriminator, Field, Tag
 
 from scorers.base import FilePath
 from scorers.classifiers.fasttext_training import FastTextTraining
+from scorers.influence.targets import TargetTraining
 from scorers.lm.training import Training
 
 Holdout = Annotated[float, Field(ge=0, lt=1)]
@@ -80,9 +82,33 @@ class Classifier(FastTextTraining):
         return [*found, *super().problems()]
 
 
-TRAINERS: Mapping[str, type[LanguageModel] | type[Classifier]] = {
+class Target(TargetTraining):
+    """Target texts as a row to multiply a gradient index by; exactly one of `query` and `targets` gives them."""
+
+    trainer: Literal["influence"] = "influence"
+    gradients: str
+    """The [scores.x] entry with scorer = "gradients" that is asked; its model, layers and projection are taken."""
+    query: str | None = None
+    """One SELECT over the recipe's names; the loss is that of its column `text`, after its column `prompt`."""
+    targets: FilePath | None = None
+    """A JSONL file (gzip, zstd too) of {text}, {prompt, completion} or {question, answer}."""
+    seed: int | None = None
+    """Which documents the curvature is estimated from; the recipe's seed when left out."""
+
+    file: ClassVar[str] = ""
+    weights_files: ClassVar[tuple[str, ...]] = ("target.safetensors",)
+    columns: ClassVar[tuple[str, ...]] = ("text",)
+    holdout: ClassVar[float] = 0.0
+
+    def problems(self) -> list[str]:
+        one = (self.query is None) != (self.targets is None)
+        return [*([] if one else ["name one of query and targets"]), *super().problems()]
+
+
+TRAINERS: Mapping[str, type[LanguageModel] | type[Classifier] | type[Target]] = {
     "language_model": LanguageModel,
     "fasttext": Classifier,
+    "influence": Target,
 }
 
 
@@ -93,10 +119,12 @@ def trainer_of(definition: Any) -> str:
 
 
 Model = Annotated[
-    Annotated[LanguageModel, Tag("language_model")] | Annotated[Classifier, Tag("fasttext")],
+    Annotated[LanguageModel, Tag("language_model")]
+    | Annotated[Classifier, Tag("fasttext")]
+    | Annotated[Target, Tag("influence")],
     Discriminator(
         trainer_of,
         custom_error_type="trainer",
-        custom_error_message="trainer: there are language_model and fasttext",
+        custom_error_message="trainer: there are language_model, fasttext and influence",
     ),
 ]

@@ -1,7 +1,8 @@
 """What a model learns: texts of queries, mixtures, weights and files, in a seeded order, some held out, as one file.
 
-    language model    prompt (NULL where there is none), text, heldout
-    classifier        label, text, heldout
+    language model, target    prompt (NULL where there is none), text, heldout
+    classifier                label, text, heldout
+    curvature of a target     text, gradient where it is needed
 
 All hangs on content and seed alone, so the same texts are learned in the same order wherever they come from.
 """
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 from pipelines.frames import paths_of
 from pipelines.graph import Learner
 from pipelines.mix import current
-from pipelines.models import Classifier, LanguageModel
+from pipelines.models import Classifier, LanguageModel, Target
 from pipelines.run import Run
 from pipelines.views import macros, views
 from storage.catalog import quote
@@ -71,6 +72,14 @@ GROUPS = """
 SELECT "group", CASE WHEN weight > 0 THEN 'include' ELSE 'exclude' END AS label
 FROM lake.main.weights WHERE recipe = {recipe} AND mixture = {weights} AND {there}
 """
+# Some documents of an index, chosen by id before their rows are read.
+SAMPLE = """
+WITH chosen AS (
+    SELECT doc_id FROM corpus WHERE {index}.n_tokens > 0
+    ORDER BY md5(text_hash || ':curvature:' || {seed}), doc_id LIMIT {documents}
+)
+SELECT {column} FROM chosen JOIN corpus USING (doc_id) ORDER BY doc_id
+"""
 ALL = 2**62
 
 
@@ -98,15 +107,29 @@ def seed_of(run: Run, learner: Learner) -> int:
 
 
 @contextmanager
-def _learned(run: Run, learner: Learner, definition: LanguageModel) -> Iterator[LakeSpace]:
+def _learned(run: Run, learner: Learner, definition: LanguageModel | Target) -> Iterator[LakeSpace]:
     if definition.targets is not None:
         with _file(run, f"models.{learner.name}.targets", definition.targets) as space:
             yield space
-    else:
-        query = definition.query or f"SELECT text FROM mixture({quote(str(definition.mixture))}), range(copies)"
-        field = "query" if definition.query else "mixture"
-        with _asked(run, learner, field, query) as space:
-            yield space
+        return
+    field, query = "query", definition.query
+    if isinstance(definition, LanguageModel) and definition.mixture is not None:
+        field, query = "mixture", f"SELECT text FROM mixture({quote(definition.mixture)}), range(copies)"
+    with _asked(run, learner, field, query or "") as space:
+        yield space
+
+
+def write_curvature(run: Run, learner: Learner, definition: Target, path: Path) -> None:
+    """What a target's preconditioner is estimated from: documents of its index, or their gradients."""
+    select = SAMPLE.format(
+        index=definition.gradients,
+        seed=seed_of(run, learner),
+        documents=definition.curvature_documents,
+        column=f"{definition.gradients}.gradient" if definition.preconditioner == "trackstar" else "text",
+    )
+    with _asked(run, learner, "preconditioner", select) as space:
+        if not _write(space, "FROM asked", path):
+            raise RecipeError(f"models.{learner.name}.preconditioner: {definition.gradients} has no documents yet")
 
 
 def _write_labelled(run: Run, learner: Learner, definition: Classifier, seed: int, path: Path) -> None:

@@ -23,10 +23,11 @@ from typing import Any
 from pipelines.execute import Resources
 from pipelines.graph import Learner, at
 from pipelines.mix import made_from
-from pipelines.models import Classifier, LanguageModel
+from pipelines.models import Classifier, LanguageModel, Model, Target
 from pipelines.run import Counts, Run, wanted
-from pipelines.texts import seed_of, write_texts
+from pipelines.texts import seed_of, write_curvature, write_texts
 from scorers.base import digest
+from scorers.influence.index import Gradients
 from storage.errors import RecipeError
 from storage.lake import to_json
 
@@ -47,19 +48,11 @@ def train(run: Run, name: str) -> Counts:
                 shutil.rmtree(old)
         if not out.exists():
             work.mkdir(parents=True, exist_ok=True)
-            texts, seed = work / "texts.parquet", seed_of(run, learner)
+            texts = work / "texts.parquet"
             if not texts.exists():
                 write_texts(run, learner, texts)
             try:
-                if isinstance(model, Classifier):
-                    run.progress.begin(name, 1, "models")
-                    run.executor.gang(partial(classify, model, str(texts), str(work), str(out), seed), gpu=False)
-                    run.progress.advance(1)
-                else:
-                    # By itself, since the members of a gang that wait for tokens would give up after minutes.
-                    run.executor.gang(partial(tokenize, model, str(texts), str(work)), gpu=False)
-                    with _watched(run, name, work / "log.jsonl"):
-                        run.executor.gang(partial(fit, model, str(texts), str(work), str(out), seed))
+                _fit(run, learner, model, texts, out)
             except RecipeError as error:
                 raise RecipeError(
                     *(at(f"models.{name}", problem, type(model)) for problem in error.problems)
@@ -77,6 +70,36 @@ def train(run: Run, name: str) -> Counts:
         lake.commit(books)
         shutil.rmtree(work, ignore_errors=True)
     return _told(record)
+
+
+def _fit(run: Run, learner: Learner, model: Model, texts: Path, out: Path) -> None:
+    """Train in the folder of the texts; `out` appears as a whole."""
+    work, seed, gang = texts.parent, seed_of(run, learner), run.executor.gang
+    if isinstance(model, LanguageModel):
+        # By itself, since the members of a gang that wait for tokens would give up after minutes.
+        gang(partial(tokenize, model, str(texts), str(work)), gpu=False)
+        with _watched(run, learner.name, work / "log.jsonl"):
+            gang(partial(fit, model, str(texts), str(work), str(out), seed))
+        return
+    run.progress.begin(learner.name, 1, "models")
+    if isinstance(model, Classifier):
+        gang(partial(classify, model, str(texts), str(work), str(out), seed), gpu=False)
+    else:
+        corpus = work / "corpus.parquet"
+        if model.preconditioner != "none" and not corpus.exists():
+            write_curvature(run, learner, model, corpus)
+        spec = run.graph.entries[model.gradients].spec
+        assert isinstance(spec, Gradients)
+        gang(partial(point, model, run.located(spec), str(texts), str(corpus), str(out)))
+    run.progress.advance(1)
+
+
+def point(model: Target, index: Gradients, texts: str, corpus: str, out: str, resources: Resources) -> None:
+    """Makes a target's rows, on one device."""
+    from scorers.influence.targets import train
+
+    if resources.rank == 0:
+        train(model, index, texts, corpus, out, device=resources.device)
 
 
 def classify(model: Classifier, texts: str, work: str, out: str, seed: int, resources: Resources) -> None:
@@ -159,6 +182,8 @@ def _told(record: Mapping[str, Any]) -> dict[str, Any]:
     if "labels" in record:
         aurocs = {label: found["auroc"] for label, found in record["labels"].items()}
         return {"documents": record["documents"], "words": record["words"], "auroc": aurocs}
+    if record.get("trainer") == "influence":
+        return {name: record[name] for name in ("documents", "tokens", "dimensions")}
     held_out = record["held_out"] or {}
     told = {name: record[name] for name in ("parameters", "tokens", "documents")}
     return told | ({"bits_per_byte": round(held_out["bits_per_byte"], 4)} if held_out else {})

@@ -12,5 +12,6 @@ SCORERS = {
     "color_filter": "scorers.lm.color_filter:ColorFilter",
     "self_influence": "scorers.influence.self_influence:SelfInfluence",
     "gradients": "scorers.influence.index:Gradients",
+    "influence": "scorers.influence.influence:Influence",
     "preselect": "scorers.preselect:PreSelect",
 }

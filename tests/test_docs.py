@@ -47,6 +47,7 @@ NEEDED = {
     },
     "self_influence": {"model": "model"},
     "gradients": {"model": "model"},
+    "influence": {"inputs": {"gradient": "index.gradient"}, "target": "models.target"},
     "dsir": {"targets": "target.jsonl"},
     "color_filter": {"inputs": {"prior": "a.nats_per_token", "conditional": "b.nats_per_token"}},
     "preselect": {"inputs": dict.fromkeys("abc", "a.nats"), "ability": {"a": 1, "b": 2, "c": 3}},

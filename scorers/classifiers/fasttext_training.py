@@ -26,7 +26,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from scorers.base import Parameters
-from scorers.classifiers.fasttext import LABEL, PROFILES, Profile, load
+from scorers.classifiers import fasttext_file
+from scorers.classifiers.fasttext import LABEL, PROFILES, Profile
+from scorers.classifiers.fasttext_mapped import Mapped
 from storage.errors import RecipeError
 
 END = "</s>"
@@ -113,15 +115,16 @@ def train(training: FastTextTraining, texts: str, work: str, out: str, *, seed: 
 
 def evaluate(path: str, texts: str, profile: Profile, learned: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """Per label what `train` puts on the record, of the rows of `texts` that are held out."""
-    model, labels = load(path), sorted(learned)
-    truth, lengths, rows = [], [], []
-    for label, text in _rows(texts, heldout=True):
-        found, probabilities = model.predict(PROFILES[profile](text), k=len(labels))
-        by_label = dict(zip(found, probabilities, strict=True))
-        rows.append([by_label.get(LABEL + each, 0.0) for each in labels])
-        truth.append(labels.index(label))
-        lengths.append(len(text))
-    scores = np.array(rows, dtype=float).reshape(-1, len(labels))
+    file, labels = fasttext_file.read(path), sorted(learned)
+    model, places = Mapped(file), [file.labels.index(LABEL + label) for label in labels]
+    truth: list[int] = []
+    lengths: list[int] = []
+    found = [np.empty((0, len(labels)))]
+    for group in _groups(texts, heldout=True):
+        found.append(model([PROFILES[profile](text) for _, text in group])[0][:, places].astype(float))
+        truth += [labels.index(label) for label, _ in group]
+        lengths += [len(text) for _, text in group]
+    scores = np.concatenate(found)
     is_label, likeliest = np.array(truth, dtype=np.intp), scores.argmax(axis=1)
     found_of = {}
     for i, label in enumerate(labels):
@@ -155,7 +158,7 @@ def _write_lines(profile: Profile, texts: str, path: Path) -> int:
     """fastText's training file; returns how many words were taken out because they looked like labels."""
     removed = 0
     with path.open("w", encoding="utf-8") as file:
-        for label, text in _rows(texts, heldout=False):
+        for label, text in (row for group in _groups(texts, heldout=False) for row in group):
             line = PROFILES[profile](text)
             if LABEL in line:
                 words = re.split("[ \t\n\r\v\f\0]+", line)  # as fastText splits
@@ -173,11 +176,12 @@ def _counts(texts: str) -> dict[str, int]:
     return dict.fromkeys(labels, 0) | {row["values"]: row["counts"] for row in learned}
 
 
-def _rows(texts: str, *, heldout: bool) -> Iterator[tuple[str, str]]:
+def _groups(texts: str, *, heldout: bool) -> Iterator[list[tuple[str, str]]]:
+    """(label, text) of the rows that are held out, or of the others."""
     with pq.ParquetFile(texts) as file:
         for batch in file.iter_batches(batch_size=1024, columns=["label", "text", "heldout"]):
             rows = zip(*(batch.column(name).to_pylist() for name in ("label", "text", "heldout")), strict=True)
-            yield from ((label, text) for label, text, aside in rows if aside == heldout)
+            yield [(label, text) for label, text, aside in rows if aside == heldout]
 
 
 @contextlib.contextmanager

@@ -119,6 +119,15 @@ def gradients(folder: Path) -> dict[str, Any]:
     return {"model": language_model_folder(folder), "projection": 4}
 
 
+def influence(folder: Path) -> dict[str, Any]:
+    import numpy as np
+
+    from scorers.influence.targets import Aim, write_aim
+
+    write_aim(Aim(np.eye(2, 4, dtype=np.float32)), str(folder))
+    return {"inputs": {"gradient": "index.gradient"}, "target": str(folder)}
+
+
 def dsir(folder: Path) -> dict[str, Any]:
     Path(folder, "target.jsonl").write_text(json.dumps({"text": PROSE}) + "\n")
     return {"targets": {"mill": str(folder / "target.jsonl")}}
@@ -148,6 +157,7 @@ EXAMPLES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "language_model": language_model,
     "self_influence": self_influence,
     "gradients": gradients,
+    "influence": influence,
     "color_filter": color_filter,
     "preselect": preselect,
 }

@@ -1,0 +1,98 @@
+"""Influence on a target set, read off the gradient index: one product per document, and no pass through the model.
+
+A document's influence on a target is the inner product of their gradients: to first order how much a step on the
+document lowers the target's loss (TracIn, Pruthi et al. 2020, arXiv 2002.08484). The recipe trains the target's side as
+[models.x] trainer = "influence", with the inverse curvature in it where that is asked for; any number of them may read
+one index. Several checkpoints, as in TracIn and LESS, are several indexes, and a sum in SQL weighs them:
+order_by = "0.7 * early.score + 0.3 * late.score".
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from scorers.base import Column, ColumnsSpec, ModelPath, Score
+from scorers.influence.index import unit, unpacked
+from scorers.influence.targets import Aim, read_aim
+from storage.errors import RecipeError
+
+BLOCK = 512
+"""Rows that are widened to float32 at once: they stay in a processor's cache."""
+
+
+class Influence(ColumnsSpec):
+    """How much learning from a document helps with a target set; high is good.
+
+    inputs: { gradient = "ENTRY.gradient" }, of a `gradients` entry; with similarity = "inner_product" also
+        norm = "ENTRY.norm".
+    target: "models.x", which the recipe trains on that entry with trainer = "influence".
+    similarity: "cosine" compares directions alone, from -1 to 1, so that long or hard documents do not win by their
+        size (LESS); "inner_product" is TracIn's, in nats^2 (with the inverse curvature: of its own unit).
+    With the target's best_of the highest over its texts counts instead of their mean. NULL where the gradient is.
+    """
+
+    scorer: Literal["influence"] = "influence"
+    inputs: Annotated[Mapping[str, str], Field(min_length=1)]
+    target: ModelPath
+    similarity: Literal["cosine", "inner_product"] = "cosine"
+    version: ClassVar[int] = 1
+    trainer_read: ClassVar[str] = "influence"
+
+    @model_validator(mode="after")
+    def _columns_that_are_needed(self) -> "Influence":
+        needed = {"gradient"} | ({"norm"} if self.similarity == "inner_product" else set())
+        if self.inputs.keys() != needed:
+            example = ", ".join(f'{name} = "ENTRY.{name}"' for name in sorted(needed))
+            raise ValueError(f"inputs: similarity = {self.similarity!r} takes {{ {example} }}")
+        return self
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        unit = "cosine" if self.similarity == "cosine" else "nats^2"
+        return (Column("score", pa.float32(), "influence on the target set", unit, higher_is_better=True),)
+
+    def build(self) -> Score:
+        aim = read_aim(self.target)
+
+        def score(batch: pa.RecordBatch) -> pa.RecordBatch:
+            gradients = batch.column("gradient").cast(pa.large_binary())
+            rows = unpacked(gradients)
+            known = np.asarray(gradients.is_valid())
+            values = np.zeros(batch.num_rows, np.float32)
+            if len(rows):
+                values[known] = similar(rows, aim, cosine=self.similarity == "cosine")
+            if self.similarity == "inner_product":
+                norms = batch.column("norm").to_numpy(zero_copy_only=False).astype(np.float32)
+                values[known] *= norms[known]
+            unknown = ~known | ~np.isfinite(values)
+            return pa.record_batch([pa.array(values, pa.float32(), mask=unknown)], names=["score"])
+
+        return score
+
+
+def similar(rows: NDArray[np.float16], aim: Aim, *, cosine: bool) -> NDArray[np.float32]:
+    """The highest product [n] of each of the index's unit rows [n, d] with a row of the target's.
+
+    RecipeError when their numbers of columns differ: they come of different projections.
+    """
+    import torch
+
+    if rows.shape[1] != aim.rows.shape[1]:
+        raise RecipeError(
+            f"target: it has {aim.rows.shape[1]} numbers, and the gradients {rows.shape[1]}: other layers or another "
+            "projection; train it on this entry"
+        )
+    target = torch.from_numpy(unit(aim.rows)[0] if cosine else aim.rows).T.contiguous()
+    found = np.empty(len(rows), np.float32)
+    for first in range(0, len(rows), BLOCK):
+        block = torch.from_numpy(rows[first : first + BLOCK].copy()).float()
+        for at, matrix in aim.whitening or ():
+            block[:, at] = block[:, at] @ torch.from_numpy(matrix)
+        if aim.whitening and cosine:
+            block = torch.nn.functional.normalize(block, dim=1)
+        found[first : first + BLOCK] = (block @ target).amax(1).numpy()
+    return found

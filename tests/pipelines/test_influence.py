@@ -1,0 +1,118 @@
+"""Influence over a lake: an index of gradients, targets that are asked of it, and what each waits for."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.execute import Serial
+from scorers.influence.index import unpacked
+from storage.errors import RecipeError
+
+WORDS = {kind: [f"{kind}{a}{b}" for a in "bdk" for b in "aeo"] for kind in ("x", "y")}
+PRIOR = {"size": "1m", "vocabulary": 300, "context": 32, "tokens": 6_000, "query": "SELECT text FROM documents"}
+INDEX = {"scorer": "gradients", "model": "models.prior", "projection": 4, "layers": ["*.layers.4.*"]}
+
+
+def text(kind: str, number: int) -> str:
+    words = WORDS[kind]
+    return " ".join(words[(number * 7 + i * (1 + number % 4)) % len(words)] for i in range(24))
+
+
+@pytest.fixture
+def pool(job):
+    job.write(
+        "pool/a.jsonl", [{"text": text(kind, n), "url": f"https://{kind}.org/{n}"} for n in range(30) for kind in WORDS]
+    )
+    job.write("x.jsonl", [{"text": text("x", n)} for n in range(40, 44)])
+    job.write("y.jsonl", [{"prompt": text("x", n)[:30], "completion": " " + text("y", n)} for n in range(40, 44)])
+    job.executor = Serial(threads=1)  # matrices this small only wait for a second thread
+    return job
+
+
+def recipe(job, **models: Any) -> dict[str, Any]:
+    asked = {
+        f"to_{name}": {"scorer": "influence", "inputs": {"gradient": "g.gradient"}, "target": f"models.{name}"}
+        for name in models
+    }
+    aims = {name: {"trainer": "influence", "gradients": "g"} | model for name, model in models.items()}
+    return job.recipe(models={"prior": PRIOR} | aims, scores={"g": INDEX} | asked)
+
+
+def mean(job, entry: str) -> dict[str, float]:
+    return dict(job.ask(f"SELECT domain, avg({entry}.score) FROM corpus GROUP BY ALL"))
+
+
+def rows(job) -> np.ndarray:
+    found = [row for (row,) in job.ask("SELECT g.gradient FROM corpus ORDER BY doc_id")]
+    return unpacked(pa.array(found, pa.large_binary())).astype(float)
+
+
+def test_targets_are_asked_of_one_index(pool):
+    first = pool.run(recipe(pool, like_x={"targets": "x.jsonl"})).counts
+    assert first["g"]["computed"] == 60
+    assert first["like_x"]["documents"] == 4
+    both = pool.run(recipe(pool, like_x={"targets": "x.jsonl"}, like_y={"targets": "y.jsonl", "best_of": True})).counts
+    assert both["g"]["computed"] == both["to_like_x"]["computed"] == 0, "a new target reads the index"
+    assert both["to_like_y"]["computed"] == 60
+    x, y = mean(pool, "to_like_x"), mean(pool, "to_like_y")
+    assert x["x.org"] > x["y.org"]
+    assert y["y.org"] > y["x.org"], "the prompts are no targets"
+    assert all(-1.001 <= score <= 1.001 for (score,) in pool.ask("SELECT to_like_x.score FROM corpus"))
+
+
+def test_a_target_of_the_lake_is_the_mean_of_its_rows(pool):
+    changed = recipe(pool, own={"query": "SELECT text FROM documents WHERE domain = 'x.org'"})
+    changed["scores"]["product"] = {
+        "scorer": "influence", "target": "models.own", "similarity": "inner_product",
+        "inputs": {"gradient": "g.gradient", "norm": "g.norm"},
+    }  # fmt: skip
+    pool.run(changed)
+    units = rows(pool)
+    norms = np.array([n for (n,) in pool.ask("SELECT g.norm FROM corpus ORDER BY doc_id")])
+    mine = np.array([d == "x.org" for (d,) in pool.ask("SELECT domain FROM corpus ORDER BY doc_id")])
+    target = (units * norms[:, None])[mine].mean(axis=0)
+    found = np.array(pool.ask("SELECT to_own.score, product.score FROM corpus ORDER BY doc_id"))
+    assert np.allclose(found[:, 0], units @ target / np.linalg.norm(target), atol=2e-3)
+    assert np.allclose(found[:, 1], norms * (units @ target), rtol=1e-2, atol=1e-2 * np.abs(found[:, 1]).max())
+
+
+def test_a_model_trained_anew_gives_another_index_and_target(pool):
+    aim = {"like_x": {"targets": "x.jsonl"}}
+    pool.run(recipe(pool, **aim))
+    before = pool.ask("SELECT model, digest FROM models ORDER BY model")
+    changed = recipe(pool, **aim)
+    changed["models"]["prior"] = PRIOR | {"seed": 9}
+    counts = pool.run(changed).counts
+    assert counts["g"]["computed"] == counts["to_like_x"]["computed"] == 60
+    assert not {digest for _, digest in before} & {
+        digest for model, digest in pool.ask("SELECT model, digest FROM models") if model not in dict(before)
+    }
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"targets": "x.jsonl", "gradients": "gg"}, r"models\.aim\.gradients: no entry 'gg' with scorer"),
+    ({}, r"models\.aim: name one of query and targets"),
+    ({"targets": "x.jsonl", "query": "SELECT text FROM corpus"}, r"models\.aim: name one of query and targets"),
+    ({"query": "SELECT url FROM corpus"}, r"models\.aim\.query: gives no column text"),
+    ({"targets": "x.jsonl", "damping": 0}, r"models\.aim\.damping: input should be greater than 0"),
+    ({"targets": "none.jsonl"}, r"models\.aim\.targets: no file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("aim", "problem"), BAD)
+def test_problems_are_told_before_any_work(pool, aim, problem):
+    with pytest.raises(RecipeError, match=problem):
+        pool.graph(recipe(pool, aim=aim))
+
+
+def test_another_index_than_the_target_was_made_for_is_refused(pool):
+    changed = recipe(pool, aim={"targets": "x.jsonl"})
+    changed["scores"]["h"] = INDEX | {"seed": 5}
+    changed["scores"]["to_aim"]["inputs"] = {"gradient": "h.gradient"}
+    with pytest.raises(RecipeError, match=r"scores\.to_aim\.inputs: h, but models\.aim is made for g"):
+        pool.graph(changed)
+    changed["scores"]["to_aim"]["target"] = "models.prior"
+    with pytest.raises(RecipeError, match=r'has trainer = "language_model", and one of "influence" is needed'):
+        pool.graph(changed)
