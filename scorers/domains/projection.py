@@ -17,6 +17,8 @@ Projection = Literal["linear", "l2"]
 
 ROUNDING = 1e-9
 """How far below 1 the sum of caps may be and still count as 1."""
+NOTHING = 1e-12
+"""A weight below it is what rounding left over."""
 LARGEST = 1e300
 """Estimates beyond it have no differences in float64."""
 
@@ -32,6 +34,7 @@ def linear(estimates: Array, caps: Array) -> Array:
     starts = np.flatnonzero(np.diff(e[order], prepend=np.inf) != 0)
     room = np.add.reduceat(tau[order], starts)  # per distinct estimate, best first
     share = np.clip(1.0 - (np.cumsum(room) - room), 0.0, room)
+    share[share < NOTHING] = 0.0
     filled = np.divide(share, room, out=np.zeros_like(room), where=room > 0)
     weights = np.zeros(len(e))
     weights[order] = tau[order] * np.repeat(filled, np.diff(starts, append=len(e)))
@@ -92,10 +95,10 @@ def _feasible(estimates: Array, caps: Array) -> tuple[NDArray[np.bool_], Array, 
 
 
 def _settle(weights: Array, tau: Array) -> Array:
-    """What rounding left below or above 1, spread over the room that there is."""
+    """What rounding left below or above 1, spread over the room of those that have weight: to have any means chosen."""
     for _ in range(2):
         rest = 1.0 - weights.sum()
-        room = tau - weights if rest > 0 else weights
+        room = np.where(weights > 0, tau - weights, 0.0) if rest > 0 else weights
         if rest and room.sum() > 0:
             weights = np.clip(weights + rest * (room / room.sum()), 0.0, tau)
     return weights

@@ -181,6 +181,19 @@ def test_each_projection_is_the_best(drawn: list[tuple[float, float]]) -> None:
             assert worth(moved) <= worth(weights) + 1e-9
 
 
+@pytest.mark.parametrize("project", PROJECTIONS.values())
+def test_what_gets_nothing_gets_exactly_nothing(project: object) -> None:
+    """A weight above 0 makes a text a good example for a page classifier: what rounding leaves over is no reason."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        values, caps = rng.normal(size=15), 5 * rng.dirichlet(np.ones(15))
+        weights = project(values, caps)  # type: ignore[operator]
+        assert weights.sum() == pytest.approx(1.0, abs=1e-12)
+        assert (weights[weights > 0] > 1e-9 * caps[weights > 0]).all()
+    assert linear(np.arange(10.0), np.full(10, 0.2)).tolist() == pytest.approx([0] * 5 + [0.2] * 5)
+    assert (linear(np.arange(20.0), np.full(20, 0.1)) > 0).sum() == 10  # ten tenths sum to less than 1
+
+
 def test_caps_that_do_not_do() -> None:
     for project in PROJECTIONS.values():
         with pytest.raises(RecipeError, match=r"2 texts with an estimate sum to 0\.9, .* more epochs"):
