@@ -48,13 +48,13 @@ class Whitening:
     def __call__(self, rows: NDArray[np.floating]) -> NDArray[np.float32]:
         """Rows [n, d] whitened and at length 1, float32; zeros stay zeros. The rows' own lengths do not matter."""
         found = np.zeros(rows.shape, np.float32)
+        roots = [root.astype(np.float32) for root in self.roots]
         for start in range(0, len(rows), ROWS):
-            some = rows[start : start + ROWS].astype(np.float64)
-            white = np.zeros_like(some)
-            for columns, root in zip(self.at, self.roots, strict=True):
+            some, white = rows[start : start + ROWS].astype(np.float32), found[start : start + ROWS]
+            for columns, root in zip(self.at, roots, strict=True):
                 white[:, columns] = some[:, columns] @ root
             lengths = np.linalg.norm(white, axis=1, keepdims=True)
-            found[start : start + ROWS] = white / np.where(lengths > 0, lengths, 1)
+            white /= np.where(lengths > 0, lengths, 1)
         return found
 
 
