@@ -19,6 +19,7 @@ from scorers.base import MapSpec, ModelPath, Score
 from scorers.classifiers import fasttext_file
 from scorers.classifiers.fasttext_file import ModelFile
 from scorers.classifiers.fasttext_mapped import Mapped, can_map
+from scorers.hub import local
 from storage.errors import RecipeError
 from storage.schema import Column
 
@@ -67,11 +68,25 @@ class FastText(MapSpec):
             raise RecipeError(f"profile: {self.profile}, but the model was trained with {trained}; leave it out")
         return trained or self.profile or "plain"
 
-    def build(self, device: str = "cpu") -> Score:
-        file = fasttext_file.read(self.model)
+    def problems(self) -> list[str]:
+        """Also reads the model's dictionary: whether the file is whole, and knows the label."""
+        if (problems := super().problems()) or self.trained:
+            return problems
+        try:
+            self._file()
+        except RecipeError as error:
+            return list(error.problems)
+        return []
+
+    def _file(self) -> ModelFile:
+        file = fasttext_file.read(local(self.model))
         if self.label not in file.labels:
             near = difflib.get_close_matches(self.label, file.labels, 1, 0.0)
             raise RecipeError(f"label: {self.model!r} has no label {self.label!r}; did you mean {near[0]!r}?")
+        return file
+
+    def build(self, device: str = "cpu") -> Score:
+        file = self._file()
         predict = mapped(file, self.label) if can_map(file) else by_library(file, self.label)
         normalise = PROFILES[self._profile()]
         schema = pa.schema([("score", pa.float32())])

@@ -63,6 +63,8 @@ def read(path: str) -> ModelFile:
 
     RecipeError where the file is none of fastText's, is cut short, or has no labels.
     """
+    if os.path.isdir(path):
+        raise _broken(path, "it is a folder")
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise _broken(path, "it is empty")
@@ -72,9 +74,9 @@ def read(path: str) -> ModelFile:
     if magic != MAGIC or version > VERSION:
         raise _broken(path, "it does not begin as one")
     dim, _, _, _, _, word_ngrams, loss, model, bucket, _, maxn, _, _ = cursor.take("12id")
-    if model != SUPERVISED:
-        raise RecipeError(f"model: {path!r} was not trained with labels; name a supervised fastText model")
     entries, words, labels, _, pruned = cursor.take("iiiqq")
+    if model != SUPERVISED or not labels:
+        raise RecipeError(f"model: {path!r} was not trained with labels; name a supervised fastText model")
     if min(dim, words, labels, bucket) < 0 or words + labels != entries:
         raise _broken(path, f"it says of itself {words} words and {labels} labels in {entries} entries")
     starts, lengths = _dictionary(cursor, entries)

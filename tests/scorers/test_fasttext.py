@@ -142,8 +142,10 @@ def test_profiles(profile: Profile, line: str) -> None:
 
 
 def test_a_wrong_label_names_the_nearest(model: str) -> None:
+    spec = FastText(model=model, label="__label__goods")
+    assert "did you mean '__label__good'" in spec.problems()[0]
     with pytest.raises(RecipeError, match="did you mean '__label__good'"):
-        FastText(model=model, label="__label__goods").build()
+        spec.build()
 
 
 def test_what_is_no_classifier_is_the_recipes_error(model: str, tmp_path: Path) -> None:
@@ -169,6 +171,8 @@ def test_what_is_no_classifier_is_the_recipes_error(model: str, tmp_path: Path) 
 def test_a_mapped_model_says_what_the_library_says(name: str, texts: list[str]) -> None:
     mapped, model, labels = both(name)
     probabilities, known = mapped(texts)
+    with pytest.raises(ValueError, match="line break"):
+        mapped([*texts, "two\nlines"])
     assert probabilities.shape == (len(texts), len(labels))
     expected = [library(model, labels, text) for text in texts]
     assert known.tolist() == [each is not None for each in expected]
@@ -244,6 +248,7 @@ def test_a_file_that_was_cut_short_is_told_before_it_is_loaded(name: str, tmp_pa
     cut.write_bytes(b"")
     with pytest.raises(RecipeError, match="empty"):
         read(str(cut))
+    assert "a folder" in FastText(model=str(tmp_path), label="__label__x").problems()[0]
 
 
 def test_what_a_file_says_of_itself_must_agree(tmp_path: Path) -> None:
