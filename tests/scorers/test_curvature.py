@@ -217,7 +217,7 @@ def logistic_curvatures(x: np.ndarray, p: np.ndarray) -> dict[str, Curvature]:
     squares = squared_rotated(left[:, None], repeated[:, None], coarse.outputs, coarse.inputs)
     fine = Curvature(coarse.outputs, coarse.inputs, squares / len(x))
     flat = torch.einsum("no,ni->noi", left, repeated).flatten(1)
-    [whole] = kfac({"a": Covariance(flat.T @ flat, double([1]), len(x))}).values()
+    [whole] = kfac({"a": Covariance(flat.T @ flat, double([len(x)]), len(x))}).values()
     return {"kfac": coarse, "ekfac": fine, "hessian": whole}
 
 
