@@ -16,7 +16,7 @@ all texts together is enough.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,34 +38,11 @@ class Direction:
 
     Attributes:
         rows: [1, d], or with `best_of` one for each text of the target; float32.
-        layout: of the projection (scorers.influence.projection). An index of another is another space.
         whitening: what the index's rows go through before they are multiplied; None for nothing.
     """
 
     rows: NDArray[np.float32]
-    layout: str
     whitening: Whitening | None = None
-
-    def save(self, path: str) -> None:
-        """Writes the .npz file `path`; equal directions give equal bytes."""
-        arrays: dict[str, NDArray[Any]] = {"rows": self.rows, "layout": np.array(self.layout)}
-        if self.whitening is not None:
-            arrays["mixing"] = np.array(self.whitening.mixing)
-            arrays["at"] = np.array([(columns.start, columns.stop) for columns in self.whitening.at])
-            arrays |= {f"root{number}": root for number, root in enumerate(self.whitening.roots)}
-        with open(path, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-
-    @classmethod
-    def load(cls, path: str) -> "Direction":
-        """What `save` has written."""
-        with np.load(path, allow_pickle=False) as file:
-            white = None
-            if "at" in file:
-                at = tuple(slice(int(start), int(stop)) for start, stop in file["at"])
-                roots = tuple(file[f"root{number}"] for number in range(len(at)))
-                white = Whitening(at, roots, float(file["mixing"]))
-            return cls(file["rows"], str(file["layout"]), white)
 
 
 def answers(model: GradientModel, path: str, pairs: Sequence[tuple[str | None, str]]) -> list[Document | None]:
@@ -109,12 +86,11 @@ def direction(
     if preconditioner == "trackstar":
         at, each = blocks(projection), target(model, documents, projection, best_of=True)
         white = whitening(second_moments([each], at), second_moments(index, at), at, damping=damping)
-        return Direction(white(each if best_of else each.mean(axis=0, keepdims=True)), projection.layout, white)
+        return Direction(white(each if best_of else each.mean(axis=0, keepdims=True)), white)
     curvature = None
     if preconditioner != "none":
         curvature = fitted(model, fit, eigenvalues=preconditioner == "ekfac", sample=sample)
-    rows = target(model, documents, projection, curvature=curvature, damping=damping, best_of=best_of)
-    return Direction(rows, projection.layout)
+    return Direction(target(model, documents, projection, curvature=curvature, damping=damping, best_of=best_of))
 
 
 def target(
