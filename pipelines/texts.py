@@ -2,7 +2,7 @@
 
     language model, target    prompt (NULL where there is none), text, heldout
     classifier                label, text, heldout
-    curvature of a target     text, gradient where it is needed
+    curvature of a target     text, or gradient and norm
 
 All hangs on content and seed alone, so the same texts are learned in the same order wherever they come from.
 """
@@ -78,7 +78,7 @@ WITH chosen AS (
     SELECT doc_id FROM corpus WHERE {index}.n_tokens > 0
     ORDER BY md5(text_hash || ':curvature:' || {seed}), doc_id LIMIT {documents}
 )
-SELECT {column} FROM chosen JOIN corpus USING (doc_id) ORDER BY doc_id
+SELECT {columns} FROM chosen JOIN corpus USING (doc_id) ORDER BY doc_id
 """
 ALL = 2**62
 
@@ -121,15 +121,16 @@ def _learned(run: Run, learner: Learner, definition: LanguageModel | Target) -> 
 
 def write_curvature(run: Run, learner: Learner, definition: Target, path: Path) -> None:
     """What a target's preconditioner is estimated from: documents of its index, or their gradients."""
+    index = definition.gradients
     select = SAMPLE.format(
-        index=definition.gradients,
+        index=index,
         seed=seed_of(run, learner),
         documents=definition.curvature_documents,
-        column=f"{definition.gradients}.gradient" if definition.preconditioner == "trackstar" else "text",
+        columns=f"{index}.gradient, {index}.norm" if definition.preconditioner == "trackstar" else "text",
     )
     with _asked(run, learner, "preconditioner", select) as space:
         if not _write(space, "FROM asked", path):
-            raise RecipeError(f"models.{learner.name}.preconditioner: {definition.gradients} has no documents yet")
+            raise RecipeError(f"models.{learner.name}.preconditioner: {index} has no gradient of any document")
 
 
 def _write_labelled(run: Run, learner: Learner, definition: Classifier, seed: int, path: Path) -> None:

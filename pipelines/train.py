@@ -90,16 +90,16 @@ def _fit(run: Run, learner: Learner, model: Model, texts: Path, out: Path) -> No
             write_curvature(run, learner, model, corpus)
         spec = run.graph.entries[model.gradients].spec
         assert isinstance(spec, Gradients)
-        gang(partial(point, model, run.located(spec), str(texts), str(corpus), str(out)))
+        gang(partial(point, model, run.located(spec), str(texts), str(corpus), str(out), seed))
     run.progress.advance(1)
 
 
-def point(model: Target, index: Gradients, texts: str, corpus: str, out: str, resources: Resources) -> None:
+def point(model: Target, index: Gradients, texts: str, corpus: str, out: str, seed: int, resources: Resources) -> None:
     """Makes a target's rows, on one device."""
     from scorers.influence.targets import train
 
     if resources.rank == 0:
-        train(model, index, texts, corpus, out, device=resources.device)
+        train(model, index, texts, corpus, out, seed=seed, device=resources.device)
 
 
 def classify(model: Classifier, texts: str, work: str, out: str, seed: int, resources: Resources) -> None:

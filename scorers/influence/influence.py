@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from scorers.base import Column, ColumnsSpec, ModelPath, Score
+from scorers.influence.direction import Direction
 from scorers.influence.index import unit, unpacked
-from scorers.influence.targets import Aim, read_aim
+from scorers.influence.targets import read
 from storage.errors import RecipeError
 
 BLOCK = 512
@@ -31,7 +32,8 @@ class Influence(ColumnsSpec):
         norm = "ENTRY.norm".
     target: "models.x", which the recipe trains on that entry with trainer = "influence".
     similarity: "cosine" compares directions alone, from -1 to 1, so that long or hard documents do not win by their
-        size (LESS); "inner_product" is TracIn's, in nats^2 (with the inverse curvature: of its own unit).
+        size (LESS; and all that a target with the preconditioner trackstar has); "inner_product" is TracIn's, in nats^2
+        (with the inverse curvature: of its own unit).
     With the target's best_of the highest over its texts counts instead of their mean. NULL where the gradient is.
     """
 
@@ -56,7 +58,9 @@ class Influence(ColumnsSpec):
         return (Column("score", pa.float32(), "influence on the target set", unit, higher_is_better=True),)
 
     def build(self) -> Score:
-        aim = read_aim(self.target)
+        target = read(self.target)
+        if target.whitening is not None and self.similarity != "cosine":
+            raise RecipeError("similarity: trackstar's is a cosine; leave it out, or take another preconditioner")
 
         def score(batch: pa.RecordBatch) -> pa.RecordBatch:
             gradients = batch.column("gradient").cast(pa.large_binary())
@@ -64,7 +68,7 @@ class Influence(ColumnsSpec):
             known = np.asarray(gradients.is_valid())
             values = np.zeros(batch.num_rows, np.float32)
             if len(rows):
-                values[known] = similar(rows, aim, cosine=self.similarity == "cosine")
+                values[known] = similar(rows, target, cosine=self.similarity == "cosine")
             if self.similarity == "inner_product":
                 norms = batch.column("norm").to_numpy(zero_copy_only=False).astype(np.float32)
                 values[known] *= norms[known]
@@ -74,25 +78,22 @@ class Influence(ColumnsSpec):
         return score
 
 
-def similar(rows: NDArray[np.float16], aim: Aim, *, cosine: bool) -> NDArray[np.float32]:
+def similar(rows: NDArray[np.float16], target: Direction, *, cosine: bool) -> NDArray[np.float32]:
     """The highest product [n] of each of the index's unit rows [n, d] with a row of the target's.
 
     RecipeError when their numbers of columns differ: they come of different projections.
     """
     import torch
 
-    if rows.shape[1] != aim.rows.shape[1]:
+    if rows.shape[1] != target.rows.shape[1]:
         raise RecipeError(
-            f"target: it has {aim.rows.shape[1]} numbers, and the gradients {rows.shape[1]}: other layers or another "
-            "projection; train it on this entry"
+            f"target: it has {target.rows.shape[1]} numbers, and the gradients {rows.shape[1]}: other layers or "
+            "another projection; train it on this entry"
         )
-    target = torch.from_numpy(unit(aim.rows)[0] if cosine else aim.rows).T.contiguous()
+    directions = torch.from_numpy(unit(target.rows)[0] if cosine else target.rows).T.contiguous()
     found = np.empty(len(rows), np.float32)
     for first in range(0, len(rows), BLOCK):
-        block = torch.from_numpy(rows[first : first + BLOCK].copy()).float()
-        for at, matrix in aim.whitening or ():
-            block[:, at] = block[:, at] @ torch.from_numpy(matrix)
-        if aim.whitening and cosine:
-            block = torch.nn.functional.normalize(block, dim=1)
-        found[first : first + BLOCK] = (block @ target).amax(1).numpy()
+        some = rows[first : first + BLOCK]
+        block = torch.from_numpy(target.whitening(some) if target.whitening else some.astype(np.float16)).float()
+        found[first : first + BLOCK] = (block @ directions).amax(1).numpy()
     return found

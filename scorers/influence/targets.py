@@ -1,18 +1,13 @@
-"""The target's side of influence: target texts and the corpus's curvature become rows that an index is multiplied by.
+"""A target of a recipe: its texts become the rows that an index is multiplied by, kept as a file in the lake.
 
-    none         the mean of the target texts' projected gradients
-    kfac, ekfac  the same of H^-1 g, with the curvature of a sample of the corpus's documents; full size, then projected
-    trackstar    H^-1/2 on both sides, in the projected space; H mixed of the index's rows and the target's (TrackStar,
-                 Chang et al. 2024, arXiv 2410.17413)
-
-The rows are a file in the lake, so that scoring reads the index and this, and no model.
+So scoring reads the index and this file, and no model (scorers.influence.direction says what the rows are).
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,82 +15,68 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from scorers.base import Parameters
-from scorers.influence.gradients import Document, GradientModel, projected
-from scorers.influence.index import Gradients
-from scorers.influence.projection import Projection
-from scorers.lm.corpus import first_answer_token
+from scorers.influence.curvature import DAMPING
+from scorers.influence.direction import Direction, Preconditioner, answers, direction
+from scorers.influence.index import Gradients, unpacked
+from scorers.influence.trackstar import Whitening
 from storage.errors import RecipeError
 
-Preconditioner = Literal["none", "kfac", "ekfac", "trackstar"]
 FILE = "target.safetensors"
 
 
 class TargetTraining(Parameters):
     """How target texts become the rows that an index is multiplied by.
 
-    preconditioner: what stands for the loss's inverse curvature (see the module). damping: what is added to its
-    eigenvalues, over their mean. curvature_documents: of the index, by hash, from which the curvature is estimated.
-    best_of: every target text keeps a row of its own and a document has its highest product, in place of the mean.
+    preconditioner: what stands for the loss's inverse curvature (see scorers.influence.direction). damping: what is
+    added to its eigenvalues, over their mean. curvature_documents: of the index, by hash, from which the curvature is
+    estimated. best_of: every target text keeps a row of its own and a document has its highest product, in place of the
+    mean.
     """
 
     preconditioner: Preconditioner = "none"
-    damping: Annotated[float, Field(gt=0)] = 0.1
+    damping: Annotated[float, Field(gt=0)] = DAMPING
     curvature_documents: Annotated[int, Field(ge=1)] = 1000
     best_of: bool = False
 
 
-@dataclass(frozen=True)
-class Aim:
-    """rows: [n, d], float32. whitening: per layer its columns of a row and H^-1/2 [b, b] of them; None without it."""
-
-    rows: NDArray[np.float32]
-    whitening: tuple[tuple[slice, NDArray[np.float32]], ...] | None = None
-
-
-def answered(model: GradientModel, prompts: list[str], texts: list[str]) -> list[Document | None]:
-    """Texts after prompts, of which only the texts' tokens count in the loss."""
-    documents: list[Document | None] = []
-    for prompt, text in zip(prompts, texts, strict=True):
-        if not prompt:
-            documents += model.documents([text])
-            continue
-        encoding = model.lm.tokenizer.encode(prompt + text, add_special_tokens=False)
-        targets = np.ones(len(encoding), np.bool_)
-        targets[: first_answer_token(encoding, len(prompt))] = False
-        documents.append(Document(np.array(encoding.ids, np.int64), targets))
-    return documents
-
-
-def train(training: TargetTraining, index: Gradients, texts: str, corpus: str, out: str, *, device: str) -> None:
+def train(
+    training: TargetTraining, index: Gradients, texts: str, corpus: str, out: str, *, seed: int, device: str
+) -> None:
     """Write `out`/target.safetensors and `out`/training.json.
 
     Args:
         index: the entry that will be asked, its model a path.
         texts: a Parquet file with the columns prompt and text.
-        corpus: one with the column text, and for trackstar `gradient`; "" for the preconditioner "none".
+        corpus: one with the column text for kfac and ekfac, with gradient and norm for trackstar.
+        seed: of the targets that kfac and ekfac draw.
 
     RecipeError: no target text has a token that counts, or a gradient is not finite.
     """
     model = index.load(device)
     projection = model.projection(index.projection, seed=index.seed, combine=index.combine)
-    table = pq.read_table(texts, columns=["prompt", "text"])
-    prompts = [prompt or "" for prompt in table.column("prompt").to_pylist()]
-    documents = [d for d in answered(model, prompts, table.column("text").to_pylist()) if d and model.n_predicted(d)]
-    if not documents:
-        raise RecipeError("there is no target text with a token that the model predicts; give longer ones")
-    aim = _aim(training, model, documents, projection, corpus)
-    if not np.isfinite(aim.rows).all():
-        raise RecipeError('the gradient of a target text is not finite; take dtype = "float32", or another model')
+    pairs = [(row["prompt"], row["text"]) for row in pq.read_table(texts, columns=["prompt", "text"]).to_pylist()]
+    documents = answers(model, index.model, pairs)
+    curved = training.preconditioner in ("kfac", "ekfac")
+    found = direction(
+        model,
+        documents,
+        projection,
+        preconditioner=training.preconditioner,
+        fit=model.documents(pq.read_table(corpus).column("text").to_pylist()) if curved else (),
+        index=_rows(corpus) if training.preconditioner == "trackstar" else (),
+        damping=training.damping,
+        best_of=training.best_of,
+        sample=seed,
+    )
     folder = Path(f"{out}.part")
     folder.mkdir(parents=True, exist_ok=True)
-    write_aim(aim, str(folder))
+    write(found, str(folder))
     record = {
         "trainer": "influence",
         "training": training.model_dump(mode="json"),
         "index": index.model_dump(mode="json"),
-        "documents": len(documents),
-        "texts_without_tokens": len(prompts) - len(documents),
-        "tokens": sum(map(model.n_predicted, documents)),
+        "documents": len(pairs),
+        "tokens": sum(model.n_predicted(document) for document in documents if document),
         "layers": [layer.name for layer in model.layers],
         "dimensions": projection.dimensions,
         "layout": projection.layout,
@@ -105,35 +86,37 @@ def train(training: TargetTraining, index: Gradients, texts: str, corpus: str, o
     folder.rename(out)
 
 
-def _aim(
-    training: TargetTraining,
-    model: GradientModel,
-    documents: list[Document],
-    projection: Projection,
-    corpus: str,
-) -> Aim:
-    rows = projected(model, documents, projection)
-    return Aim(rows if training.best_of else rows.mean(axis=0, keepdims=True))
+def _rows(corpus: str) -> Iterator[NDArray[np.float32]]:
+    """Rows of an index at their own lengths."""
+    with pq.ParquetFile(corpus) as file:
+        for batch in file.iter_batches(batch_size=2048, columns=["gradient", "norm"]):
+            norms = batch.column("norm").to_numpy()
+            yield unpacked(batch.column("gradient").cast("large_binary")).astype(np.float32) * norms[:, None]
 
 
-def write_aim(aim: Aim, folder: str) -> None:
-    """Keep the rows in a folder."""
+def write(found: Direction, folder: str) -> None:
+    """Keep a direction in a folder."""
     from safetensors.numpy import save_file
 
-    arrays = {"rows": np.ascontiguousarray(aim.rows)}
-    for number, (at, matrix) in enumerate(aim.whitening or ()):
-        arrays |= {f"whitening.{number}": matrix, f"at.{number}": np.array([at.start, at.stop])}
+    arrays: dict[str, NDArray[Any]] = {"rows": np.ascontiguousarray(found.rows)}
+    if found.whitening is not None:
+        arrays["mixing"] = np.array([found.whitening.mixing])
+        for number, (at, root) in enumerate(zip(found.whitening.at, found.whitening.roots, strict=True)):
+            arrays |= {f"at.{number}": np.array([at.start, at.stop]), f"root.{number}": root}
     save_file(arrays, Path(folder, FILE))
 
 
-def read_aim(folder: str) -> Aim:
-    """What `write_aim` has left. RecipeError where it is no such folder."""
+def read(folder: str) -> Direction:
+    """What `write` has left. RecipeError where it is no such folder."""
     from safetensors.numpy import load_file
 
     file = Path(folder, FILE)
     if not file.is_file():
         raise RecipeError(f'target: {folder!r} holds no target; name a [models.x] entry with trainer = "influence"')
     arrays = load_file(file)
-    parts = [n for n in range(len(arrays)) if f"at.{n}" in arrays]
-    whitening = tuple((slice(*arrays[f"at.{n}"].tolist()), arrays[f"whitening.{n}"]) for n in parts)
-    return Aim(arrays["rows"], whitening or None)
+    if "mixing" not in arrays:
+        return Direction(arrays["rows"])
+    blocks = sum(name.startswith("at.") for name in arrays)
+    at = tuple(slice(*arrays[f"at.{number}"].tolist()) for number in range(blocks))
+    roots = tuple(arrays[f"root.{number}"] for number in range(blocks))
+    return Direction(arrays["rows"], Whitening(at, roots, float(arrays["mixing"][0])))

@@ -12,7 +12,7 @@ from storage.errors import RecipeError
 
 WORDS = {kind: [f"{kind}{a}{b}" for a in "bdk" for b in "aeo"] for kind in ("x", "y")}
 PRIOR = {"size": "1m", "vocabulary": 300, "context": 32, "tokens": 6_000, "query": "SELECT text FROM documents"}
-INDEX = {"scorer": "gradients", "model": "models.prior", "projection": 4, "layers": ["*.layers.4.*"]}
+INDEX = {"scorer": "gradients", "model": "models.prior", "projection": 16, "layers": ["*.layers.4.*"]}
 
 
 def text(kind: str, number: int) -> str:
@@ -76,6 +76,23 @@ def test_a_target_of_the_lake_is_the_mean_of_its_rows(pool):
     found = np.array(pool.ask("SELECT to_own.score, product.score FROM corpus ORDER BY doc_id"))
     assert np.allclose(found[:, 0], units @ target / np.linalg.norm(target), atol=2e-3)
     assert np.allclose(found[:, 1], norms * (units @ target), rtol=1e-2, atol=1e-2 * np.abs(found[:, 1]).max())
+
+
+@pytest.mark.parametrize("preconditioner", ["kfac", "ekfac", "trackstar"])
+def test_curvature_of_the_index_s_documents(pool, preconditioner):
+    settings = {"preconditioner": preconditioner, "curvature_documents": 40, "damping": 1.0}
+    plain, curved = {"targets": "x.jsonl"}, {"targets": "x.jsonl", **settings}
+    pool.run(recipe(pool, plain=plain, curved=curved))
+    scores = np.array(pool.ask("SELECT to_plain.score, to_curved.score FROM corpus ORDER BY doc_id"))
+    assert np.abs(scores).max() <= 1.001
+    assert not np.allclose(scores[:, 0], scores[:, 1], atol=1e-3), "another measure"
+    sites = mean(pool, "to_curved")
+    assert sites["x.org"] > sites["y.org"]
+    other = pool.elsewhere("other")
+    other.run(recipe(pool, plain=plain, curved=curved))
+    digests = "SELECT model, digest FROM models ORDER BY model"
+    assert pool.ask(digests) == other.ask(digests)
+    other.lake.close()
 
 
 def test_a_model_trained_anew_gives_another_index_and_target(pool):

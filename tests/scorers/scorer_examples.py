@@ -122,9 +122,10 @@ def gradients(folder: Path) -> dict[str, Any]:
 def influence(folder: Path) -> dict[str, Any]:
     import numpy as np
 
-    from scorers.influence.targets import Aim, write_aim
+    from scorers.influence.direction import Direction
+    from scorers.influence.targets import write
 
-    write_aim(Aim(np.eye(2, 4, dtype=np.float32)), str(folder))
+    write(Direction(np.eye(2, 4, dtype=np.float32)), str(folder))
     return {"inputs": {"gradient": "index.gradient"}, "target": str(folder)}
 
 
