@@ -373,3 +373,13 @@ def test_nothing_below_the_lowest_layer_is_passed_back(plain: str) -> None:
     assert squared_norms(model, model.documents([SENTENCE]))[0] > 0
     assert reached == [(0, False), (1, True)]
     assert all(parameter.grad is None for parameter in model.lm.model.parameters())
+
+
+def test_bfloat16_is_near(folder: str) -> None:
+    """Weights and activations are rounded, the sums are not."""
+    exact, rounded = (GradientModel(folder, layers=["*"], dtype=dtype) for dtype in ("float32", "bfloat16"))
+    documents = exact.documents([SENTENCE, SENTENCE * 3])
+    np.testing.assert_allclose(squared_norms(rounded, documents), squared_norms(exact, documents), rtol=0.1)
+    one = projected(exact, documents, exact.projection(6))
+    two = projected(rounded, documents, rounded.projection(6))
+    assert (np.sum(one * two, 1) > 0.98 * np.linalg.norm(one, axis=1) * np.linalg.norm(two, axis=1)).all()
