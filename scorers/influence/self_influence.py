@@ -20,9 +20,11 @@ class SelfInfluence(GradientSpec):
     languages and domains of what you drop.
 
     per: "document" is |g|^2 of the loss summed over tokens, TracIn as defined, and the diagonal of an unprojected
-        `gradients` index; it grows with length. "token" is |g|^2 / n_tokens: tokens' gradients point in many
-        directions, so |g|^2 grows about as their number, and this is about what one token adds. The squared norm of
-        the *mean* loss is |g|^2 / n_tokens^2, which falls with length; divide once more by n_tokens for it.
+        `gradients` index; it grows with length. "token" is |g|^2 / n_tokens, about what one token adds: tokens'
+        gradients point in many directions, so |g|^2 grows about as their number (measured on SmolLM2-135M and texts of
+        12 to 400 tokens: to the power 0.9; rank correlation with length 0.90 before and -0.09 after). The squared norm
+        of the *mean* loss is |g|^2 / n_tokens^2, which mostly ranks short texts first (-0.93); divide once more by
+        n_tokens for it.
 
     n_tokens counts the predicted tokens. The score is NULL without one, and where the gradient is not finite; both are
     NULL where the text has a token that the model has no embedding for.
