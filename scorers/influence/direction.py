@@ -16,7 +16,7 @@ all texts together is enough.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,27 @@ class Direction:
 
     rows: NDArray[np.float32]
     whitening: Whitening | None = None
+
+    def save(self, path: str) -> None:
+        """Writes the .npz file `path`; equal directions give equal bytes."""
+        arrays: dict[str, NDArray[Any]] = {"rows": self.rows}
+        if self.whitening is not None:
+            arrays["mixing"] = np.array(self.whitening.mixing)
+            arrays["at"] = np.array([(columns.start, columns.stop) for columns in self.whitening.at])
+            arrays |= {f"root{number}": root for number, root in enumerate(self.whitening.roots)}
+        with open(path, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+    @classmethod
+    def load(cls, path: str) -> "Direction":
+        """What `save` has written."""
+        with np.load(path, allow_pickle=False) as file:
+            white = None
+            if "at" in file:
+                at = tuple(slice(int(start), int(stop)) for start, stop in file["at"])
+                roots = tuple(file[f"root{number}"] for number in range(len(at)))
+                white = Whitening(at, roots, float(file["mixing"]))
+            return cls(file["rows"], white)
 
 
 def answers(model: GradientModel, path: str, pairs: Sequence[tuple[str | None, str]]) -> list[Document | None]:

@@ -8,7 +8,7 @@ import pytest
 from scorer_examples import language_model_folder
 
 from scorers.influence.curvature import fitted, inverse_product
-from scorers.influence.direction import answers, direction, target
+from scorers.influence.direction import Direction, answers, direction, target
 from scorers.influence.gradients import Document, GradientModel, projected, summed
 from scorers.influence.trackstar import Blocks, blocks, mixing, second_moments, whitening
 from storage.errors import RecipeError
@@ -140,6 +140,24 @@ def test_a_texts_best_target_is_itself(model: GradientModel, combine: Any) -> No
     one = direction(model, documents, projection, preconditioner="trackstar", index=[index])
     assert np.linalg.norm(one.rows) == pytest.approx(1, abs=1e-6)
     np.testing.assert_allclose(one.rows, one.whitening(index.mean(0, keepdims=True)), atol=1e-4)
+
+
+def test_a_saved_direction_is_the_same(model: GradientModel, tmp_path: Path) -> None:
+    documents, projection = model.documents(TEXTS), model.projection(4)
+    index = projected(model, documents, projection)
+    for preconditioner in ("none", "trackstar"):
+        found = direction(model, documents[:2], projection, preconditioner=preconditioner, index=[index])
+        paths = [str(tmp_path / f"{preconditioner}{number}.npz") for number in (1, 2)]
+        found.save(paths[0])
+        again = Direction.load(paths[0])
+        again.save(paths[1])
+        assert Path(paths[0]).read_bytes() == Path(paths[1]).read_bytes()
+        assert (again.rows == found.rows).all()
+        if found.whitening is None:
+            assert again.whitening is None
+        else:
+            assert again.whitening.mixing == found.whitening.mixing
+            assert (again.whitening(index) == found.whitening(index)).all()
 
 
 def test_only_an_answers_tokens_count(path: str, model: GradientModel) -> None:
