@@ -35,6 +35,7 @@ from scorers.domains import weights as weighers
 from storage.errors import RecipeError
 from storage.lake import run_sql, to_json
 from storage.shards import ShardFile, write_shard
+from storage.sql import nearest
 
 MIXTURE = pa.schema(
     [
@@ -83,12 +84,17 @@ def weigh(run: Run, name: str) -> Counts:
                 shares = weighers.temperature(tokens, weights.temperature)
             columns = [found.totals.column(c).to_pylist() for c in ("group", "documents", "tokens")]
             record, estimates = {"cuts": dict(found.cuts)}, [_UNESTIMATED] * len(tokens)
+            if weights.method == "unimax":
+                shares, unspent = weighers.unimax(tokens, weights.budget_tokens or 1, weights.max_epochs or 1.0)
+                record["unspent_tokens"] = round(unspent)
             if weights.method == "perplexity_correlation":
                 try:
                     shares, book, told = correlate(weights, columns[0], tokens, found.losses, run.graph.recipe.seed)
                 except RecipeError as error:
                     raise RecipeError(*(f"weights.{name}: {problem}" for problem in error.problems)) from None
                 record, estimates = record | told, list(zip(*book, strict=True))
+            if weights.factor:
+                shares = _multiplied(f"weights.{name}.factor", shares, columns[0], weights.factor)
             rows = list(zip(*columns, natural.tolist(), shares.tolist(), strict=True))
     mine = (run.graph.recipe.name, name)
     lines = [(*mine, *row, None, None, None, *more) for row, more in zip(rows, estimates, strict=True)]
@@ -241,6 +247,17 @@ def _epochs(run: Run, name: str, totals: pa.Table, budget: int | None) -> tuple[
         return weights, np.full(len(groups), 1.0), plan
     max_epochs = mixture.max_epochs or 1.0
     return weights, weighers.epochs(weights, tokens, budget, max_epochs), {**plan, "max_epochs": max_epochs}
+
+
+def _multiplied(place: str, shares: np.ndarray, groups: list[str], factor: Mapping[str, float]) -> np.ndarray:
+    """A prior times what a person makes of it, made to sum to 1."""
+    if absent := sorted(factor.keys() - set(groups)):
+        near = nearest(absent[0], groups)
+        raise RecipeError(f"{place}: no group {absent[0]!r} among the candidates{near}; correct it or take it out")
+    products = shares * np.array([factor.get(group, 1.0) for group in groups])
+    if not products.sum():
+        raise RecipeError(f"{place}: leaves no group a weight; give some group a factor above 0")
+    return weighers.natural(products)
 
 
 def _plain(found: Chosen, epochs: np.ndarray) -> tuple[pa.Table, dict[str, Any]]:

@@ -114,15 +114,27 @@ class Selection(Strict):
     """Fraction of the documents, by whole clusters of `one_per`, kept out of every mixture of this seed."""
 
 
+_METHODS: Mapping[str, tuple[str, ...]] = {
+    "temperature": ("temperature",),
+    "share": ("given",),
+    **dict.fromkeys(
+        ("losses", "matrix", "errors", "benchmarks", "estimator", "projection", "missing"), ("perplexity_correlation",)
+    ),
+    **dict.fromkeys(("budget_tokens", "max_epochs"), ("unimax", "perplexity_correlation")),
+}
+"""Which methods a field of [weights.x] goes with; the others go with all."""
+
+
 class Weights(Selection):
     """[weights.x]: the share of tokens that each group shall have.
 
     natural: as available. temperature: share^(1/temperature), renormalised. given: as said in `share`.
+    unimax: as even as max_epochs allows, for a budget in tokens.
     perplexity_correlation: most to the groups on which better models have lower losses (scorers.correlation).
     """
 
     tokens: str = ""
-    method: Literal["natural", "temperature", "given", "perplexity_correlation"]
+    method: Literal["natural", "temperature", "given", "unimax", "perplexity_correlation"]
     temperature: Annotated[float, Field(gt=0)] | None = None
     share: Mapping[str, Annotated[float, Field(ge=0)]] = {}
     losses: Mapping[str, Name] = {}
@@ -140,35 +152,36 @@ class Weights(Selection):
     budget_tokens: Annotated[int, Field(gt=0)] | None = None
     max_epochs: Annotated[float, Field(gt=0)] | None = None
     """A weight is at most max_epochs (1 when left out) times the group's tokens over budget_tokens."""
+    factor: Mapping[str, Annotated[float, Field(ge=0)]] = {}
+    """Per group what to multiply its weight by, after the method and its caps; groups not named keep theirs."""
 
     def problems(self) -> Iterator[str]:
-        if (self.method == "temperature") != (self.temperature is not None):
-            yield 'temperature: goes with method = "temperature", and only with it'
-        if (self.method == "given") != bool(self.share):
-            yield 'share: goes with method = "given", and only with it'
+        if self.method == "temperature" and self.temperature is None:
+            yield "temperature: say how flat, 1 for the natural shares, more for flatter ones"
+        if self.method == "given" and not self.share:
+            yield "share: say what each group shall have, { GROUP = 0.5, ... }"
         if self.method != "given" and not self.tokens:
             yield 'tokens: name the column to count in, for instance "tokens.n"'
-        learned = ("losses", "matrix", "errors", "benchmarks", "estimator", "projection", "missing", "budget_tokens")
-        if self.method != "perplexity_correlation":
-            for field in (*learned, "max_epochs"):
-                if getattr(self, field) != type(self).model_fields[field].default:
-                    yield f'{field}: goes with method = "perplexity_correlation", and only with it'
-        else:
+        for field, methods in _METHODS.items():
+            if self.method not in methods and getattr(self, field) != type(self).model_fields[field].default:
+                said = " or ".join(f'"{method}"' for method in methods)
+                yield f"{field}: goes with method = {said}, and only with it"
+        if self.method in _METHODS["budget_tokens"] and self.budget_tokens is None:
+            yield "budget_tokens: say for how many tokens; no group is to be repeated beyond max_epochs"
+        if self.method == "perplexity_correlation":
             if bool(self.losses) == (self.matrix is not None):
                 yield 'losses: name the models, { MODEL = "ENTRY", ... }, or a matrix = "FILE"; one of the two'
             if not self.benchmarks:
                 yield 'benchmarks: say what to predict, { BENCHMARK = "accuracy" }, or "error", or "perplexity"'
             if self.errors is None:
                 yield "errors: name the file of benchmark results, a line per benchmark and a column per model"
-            if self.budget_tokens is None:
-                yield "budget_tokens: say for how many tokens; no group is to be repeated beyond max_epochs"
-            for field, path in (("matrix", self.matrix), ("errors", self.errors)):
-                if path is not None and not Path(path).is_file():
-                    yield f"{field}: no file {path!r}; correct the path"
+        for field, path in (("matrix", self.matrix), ("errors", self.errors)):
+            if path is not None and not Path(path).is_file():
+                yield f"{field}: no file {path!r}; correct the path"
         if self.share and not sum(self.share.values()):
             yield "share: sums to 0; give some group a share of the tokens"
         if self.method == "given":
-            for field in ("tokens", "where", "best", "one_per", "prefer", "holdout"):
+            for field in ("tokens", "where", "best", "one_per", "prefer", "holdout", "factor"):
                 if getattr(self, field) != type(self).model_fields[field].default:
                     yield f'{field}: has no meaning for method = "given"; leave it out'
 

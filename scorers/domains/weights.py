@@ -1,4 +1,4 @@
-"""Weights that need no model: natural, temperature, given; and epochs under a cap by water-filling.
+"""Weights that need no model: natural, temperature, given, UniMax; and epochs under a cap by water-filling.
 
 A weight is a share of tokens; weights sum to 1. Arrays are [groups], float64.
 """
@@ -24,6 +24,16 @@ def temperature(tokens: Array, temperature: float) -> Array:
     powers = np.where(tokens > 0, (tokens / tokens.max()) ** (1.0 / temperature), 0.0)
     weights: Array = powers / powers.sum()
     return weights
+
+
+def unimax(tokens: Array, budget: int, max_epochs: float) -> tuple[Array, float]:
+    """Weights as even as max_epochs allows, and the tokens of the budget that no group can take.
+
+    UniMax (Chung et al. 2023, arXiv 2304.09151) goes through the groups from the smallest up, and gives each its even
+    part of what is left of the budget, or max_epochs of it where that is less. It is uniform weights, water-filled.
+    """
+    taken = epochs(natural((tokens > 0).astype(float)), tokens, budget, max_epochs) * tokens
+    return natural(taken), max(0.0, budget - float(taken.sum()))
 
 
 def given(groups: Sequence[str], share: Mapping[str, float]) -> tuple[Array, float]:

@@ -12,8 +12,7 @@ from pipelines.run import Run
 from scorers.domains import weights
 from storage.errors import RecipeError
 
-# UniMax (Chung et al. 2023, arXiv 2304.09151) is uniform weights under an epoch cap. Characters by language of the
-# README of PyPI's unimax-sampling, and its numbers for a budget of 250e9 and 4 epochs.
+# Characters by language of the README of PyPI's unimax-sampling, and its numbers for a budget of 250e9 and 4 epochs.
 LANGUAGES = {"swe": 179955884499, "fas": 184595788282, "ekk": 42541080893, "isl": 10027573389, "fao": 549707867}
 
 
@@ -40,18 +39,31 @@ def test_epochs_under_a_cap_are_water_filled(said, tokens, epochs, filled):
     assert shares(found, tokens, 1000) == pytest.approx(filled)
 
 
-def test_unimax_is_uniform_weights_under_a_cap():
-    uniform, tokens = np.full(3, 1 / 3), np.array([800.0, 150.0, 50.0])
-    assert weights.epochs(uniform, tokens, 1000, 4.0) == pytest.approx([0.5, 400 / 150, 4.0])
-    assert weights.epochs(uniform, tokens, 5000, 4.0) == pytest.approx([4, 4, 4])
+@pytest.mark.parametrize(
+    ("budget", "expected", "epochs", "unspent"),
+    [(1000, [0.4, 0.4, 0.2], [0.5, 400 / 150, 4], 0), (5000, [0.8, 0.15, 0.05], [4, 4, 4], 1000)],
+)
+def test_unimax_is_as_even_as_the_epochs_allow(budget, expected, epochs, unspent):
+    tokens = np.array([800.0, 150.0, 50.0])
+    found, left = weights.unimax(tokens, budget, 4.0)
+    assert found == pytest.approx(expected)
+    assert left == pytest.approx(unspent, abs=1e-9)
+    assert weights.epochs(found, tokens, budget, 4.0) == pytest.approx(epochs)
+    more, left = weights.unimax(np.append(tokens, 0.0), budget, 4.0)
+    assert (more[-1], left) == (0.0, pytest.approx(unspent, abs=1e-9))
 
-    tokens = np.array(list(LANGUAGES.values()), float)
-    epochs = dict(zip(LANGUAGES, weights.epochs(np.full(5, 0.2), tokens, 250_000_000_000, 4.0), strict=True))
+
+def test_unimax_by_the_numbers_of_the_package():
+    budget, tokens = 250_000_000_000, np.array(list(LANGUAGES.values()), float)
+    found, unspent = weights.unimax(tokens, budget, 4.0)
+    drawn = dict(zip(LANGUAGES, found * budget, strict=True))
+    assert unspent == pytest.approx(0, abs=1)
+    assert drawn == pytest.approx(
+        {"swe": 69230291658.67, "fas": 69230291658.67, "ekk": 69230291658.67, "isl": 40110293556, "fao": 2198831468}
+    )
+    assert sorted(set(found.round(7))) == pytest.approx([0.0087953, 0.1604412, 0.2769212])
+    epochs = {name: drawn[name] / LANGUAGES[name] for name in LANGUAGES}
     assert epochs == pytest.approx({"fao": 4, "isl": 4, "ekk": 1.627375, "swe": 0.384707, "fas": 0.375037}, rel=1e-5)
-    drawn = {name: epochs[name] * LANGUAGES[name] for name in LANGUAGES}
-    assert drawn["fao"] == pytest.approx(2198831468)
-    assert drawn["isl"] == pytest.approx(40110293556)
-    assert [drawn[name] for name in ("swe", "fas", "ekk")] == pytest.approx([69230291658.67] * 3)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +133,9 @@ def recipe(job, **w) -> dict:
     [
         ({"method": "natural"}, [0.8, 0.15, 0.05]),
         ({"method": "temperature", "temperature": 2}, [0.594173, 0.257284, 0.148543]),
+        ({"method": "unimax", "budget_tokens": 400, "max_epochs": 4}, [1 / 3, 1 / 3, 1 / 3]),
+        ({"method": "unimax", "budget_tokens": 1000, "max_epochs": 4}, [0.4, 0.4, 0.2]),
+        ({"method": "natural", "factor": {"mid.org": 2, "small.org": 0}}, [0.727273, 0.272727, 0.0]),
         ({"method": "temperature", "temperature": 2, "where": "url NOT LIKE '%9'"}, [0.596078, 0.254170, 0.149752]),
     ],
 )
@@ -138,6 +153,23 @@ def test_given_shares_are_made_to_sum_to_one_and_what_was_said_is_on_record(site
     assert record(sites)["sum_as_given"] == 4.0
     assert book(sites, "main") == book(sites)
     assert record(sites, "main")["weights"] == "w"
+
+
+def test_what_unimax_cannot_spend_is_on_record(sites):
+    sites.run(recipe(sites, method="unimax", tokens="n_bytes", budget_tokens=5000, max_epochs=4), ("ingest", "weigh"))
+    assert record(sites)["unspent_tokens"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("factor", "told"),
+    [
+        ({"smal.org": 2}, r"weights\.w\.factor: no group 'smal\.org' among the candidates.*small\.org"),
+        (dict.fromkeys(("big.org", "mid.org", "small.org"), 0), r"weights\.w\.factor: leaves no group a weight"),
+    ],
+)
+def test_a_factor_that_helps_nobody_is_told(sites, factor, told):
+    with pytest.raises(RecipeError, match=told):
+        sites.run(recipe(sites, method="natural", tokens="n_bytes", factor=factor), ("ingest", "weigh"))
 
 
 def test_weight_on_a_group_that_is_not_there_names_it(sites):
