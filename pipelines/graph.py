@@ -21,14 +21,15 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from pipelines.layers import check_types, plain_column
-from pipelines.models import Classifier, LanguageModel, Target
+from pipelines.learners import Learner, at, compiled, models_named
+from pipelines.models import Target
 from pipelines.recipe import RESERVED, Mixture, Recipe, Selection, Weights
 from pipelines.rule_sets import read_rules
-from scorers.base import ColumnsSpec, MapSpec, Parameters, ReduceSpec, Spec
+from scorers.base import ColumnsSpec, MapSpec, ReduceSpec, Spec
 from storage.errors import QueryError, RecipeError
 from storage.expressions import Expression, Scope, check_expression, check_order
 from storage.schema import DOCUMENTS, Column, score_schema
-from storage.sql import check_query, named, nearest
+from storage.sql import check_query, nearest
 
 ADOPTED = {"double": pa.float64(), "bigint": pa.int64(), "boolean": pa.bool_(), "varchar": pa.string()}
 Kind = Literal["map", "columns", "reduce", "rules", "adopted"]
@@ -96,36 +97,6 @@ class Selected:
         return found | {(entry, column) for _, entry in self.losses for column in LOSSES}
 
 
-@dataclass(frozen=True)
-class Learner:
-    """A [models.x] entry as it will be trained.
-
-    Attributes:
-        reads: whatever must be there before it, of any kind.
-        labels: of a classifier that learns from weights, a document's group, and which documents.
-    """
-
-    name: str
-    definition: LanguageModel | Classifier | Target
-    reads: tuple[str, ...] = ()
-    labels: tuple[Expression, Expression | None] | None = None
-    fingerprint: str = ""
-
-    @property
-    def model(self) -> str:
-        """What the trained model is called in the lake."""
-        return f"{self.name}__{self.fingerprint[:8]}"
-
-    @property
-    def of_documents(self) -> bool:
-        """Whether it learns from the lake, and not from files alone."""
-        match self.definition:
-            case LanguageModel(mixture=more) | Classifier(weights=more):
-                return self.definition.query is not None or more is not None
-            case Target(query=query, preconditioner=preconditioner):
-                return query is not None or preconditioner != "none"
-
-
 class Graph:
     """A checked recipe. Making one raises RecipeError with every problem that can be known before any work."""
 
@@ -151,7 +122,7 @@ class Graph:
         self._compile_rules()
         self._compile_wheres()
         self._compile_selections()
-        self._compile_models()
+        self.learners = compiled(recipe, self.entries, self.scope, self._problems)
         self._sort()
         if not self._problems:
             self._problems += check_types(self)
@@ -176,7 +147,7 @@ class Graph:
         taken |= self.recipe.mixtures.keys()
         for name, score in self.recipe.scores.items():
             self._problems += [at(f"scores.{name}", problem, type(score.spec)) for problem in score.spec.problems()]
-            trained = tuple(sorted(set(self._trained(f"scores.{name}", score.spec))))
+            trained = models_named(self.recipe, f"scores.{name}", score.spec, self._problems)
             entry = Entry(name, score.spec.kind, score.spec.columns, score.spec, models=trained)
             if isinstance(score.spec, MapSpec):
                 for column in sorted(set(score.spec.reads) - set(DOCUMENTS.names)):
@@ -195,21 +166,6 @@ class Graph:
             self._add(entry)
         for name in self.recipe.rules:
             self._add(Entry(name, "rules", (Column("keep", pa.bool_(), ""), Column("reason", pa.string(), ""))))
-
-    def _trained(self, place: str, parameters: Parameters) -> Iterator[str]:
-        """The models of the recipe that parameters name."""
-        for parameter, name in parameters.trained.items():
-            model = self.recipe.models.get(name)
-            if model is None:
-                there = nearest(name, self.recipe.models)
-                self._problems.append(f"{place}.{parameter}: no entry [models.{name}]{there}")
-            elif model.trainer != parameters.trainer_read:
-                self._problems.append(
-                    f'{place}.{parameter}: models.{name} has trainer = "{model.trainer}", and one of '
-                    f'"{parameters.trainer_read}" is needed'
-                )
-            else:
-                yield name
 
     def _add(self, entry: Entry) -> None:
         self.entries[entry.name] = entry
@@ -287,66 +243,6 @@ class Graph:
         """Per role of a columns entry the (entry, column) that it reads."""
         assert isinstance(entry.spec, ColumnsSpec)
         return dict(zip(entry.spec.inputs, self._inputs(entry.name, entry.spec), strict=True))
-
-    def _compile_models(self) -> None:
-        for name, model in self.recipe.models.items():
-            place = f"models.{name}"
-            self._problems += [at(place, problem, type(model)) for problem in model.problems()]
-            reads, labels = set(self._trained(place, model)), None
-            if model.query is not None:
-                reads |= self._asked(f"{place}.query", model.query)
-            if isinstance(model, LanguageModel) and model.mixture is not None:
-                reads |= self._known_mixture(f"{place}.mixture", model.mixture)
-            if isinstance(model, Target):
-                reads |= self._index(place, model.gradients)
-            if isinstance(model, Classifier) and model.weights is not None:
-                if model.weights not in self.recipe.weights:
-                    there = nearest(model.weights, self.recipe.weights)
-                    self._problems.append(f"{place}.weights: no entry [weights.{model.weights}]{there}")
-                elif labels := self._labels(f"weights.{model.weights}", self.recipe.weights[model.weights]):
-                    entries = {entry for part in labels if part for entry, _ in part.references if entry}
-                    reads |= {model.weights, *entries}
-            self.learners[name] = Learner(name, model, tuple(sorted(reads)), labels)
-
-    def _index(self, place: str, name: str) -> set[str]:
-        """The gradient index of a target, and the models that it is of."""
-        entry = self.entries.get(name)
-        if entry is None or getattr(entry.spec, "scorer", "") != "gradients":
-            there = nearest(
-                name, [n for n, each in self.entries.items() if getattr(each.spec, "scorer", "") == "gradients"]
-            )
-            self._problems.append(f'{place}.gradients: no entry {name!r} with scorer = "gradients"{there}')
-            return set()
-        return {name, *entry.models}
-
-    def _asked(self, place: str, query: str) -> set[str]:
-        """What the query of a model reads."""
-        try:
-            check_query(query, ("documents", "corpus", *self.entries), ["mixture"])
-        except QueryError as error:
-            self._problems += [f"{place}: {problem}" for problem in error.problems]
-            return set()
-        asked = named(query)
-        reads = (asked.tables | (asked.columns if "corpus" in asked.tables else set())) & self.entries.keys()
-        for mixture in {name for function, name in asked.calls if function == "mixture"}:
-            reads |= self._known_mixture(place, mixture)
-        return reads
-
-    def _labels(self, place: str, weights: Weights) -> tuple[Expression, Expression | None] | None:
-        """The group of a document that is labelled by weights, and which documents; None where either is no SQL."""
-        try:
-            group = check_expression(weights.group_by, self.scope)
-            return group, check_expression(weights.where, self.scope) if weights.where is not None else None
-        except QueryError as error:
-            if weights.method == "given":  # of the others it is told already
-                self._problems += [f"{place}.group_by: {problem}" for problem in error.problems]
-            return None
-
-    def _known_mixture(self, place: str, mixture: str) -> set[str]:
-        if mixture not in self.recipe.mixtures:
-            self._problems.append(f"{place}: no mixture {mixture!r}{nearest(mixture, self.recipe.mixtures)}")
-            return set()
-        return {mixture}
 
     def reads(self, name: str) -> tuple[str, ...]:
         """What an entry of any kind reads directly."""
@@ -585,11 +481,6 @@ class Graph:
     def seed(self, mixture: str) -> int:
         seed = self.recipe.mixtures[mixture].seed
         return self.recipe.seed if seed is None else seed
-
-
-def at(place: str, problem: str, parameters: type[Parameters]) -> str:
-    """A problem told of the field that it begins with, or of the whole entry."""
-    return f"{place}{'.' if problem.partition(':')[0] in parameters.model_fields else ': '}{problem}"
 
 
 def _hash(text: str) -> str:

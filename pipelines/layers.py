@@ -17,7 +17,8 @@ from storage.expressions import Expression
 from storage.schema import DOCUMENTS
 
 if TYPE_CHECKING:
-    from pipelines.graph import Entry, Graph, Learner
+    from pipelines.graph import Entry, Graph
+    from pipelines.learners import Learner
 
 Reference = tuple[str | None, str]
 """(entry, column); of a document's own column the entry is None."""

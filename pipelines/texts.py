@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from pipelines.frames import paths_of
-from pipelines.graph import Learner
+from pipelines.learners import Learner
 from pipelines.mix import current
 from pipelines.models import Classifier, LanguageModel, Target
 from pipelines.run import Run

@@ -21,7 +21,7 @@ from threading import Event, Thread
 from typing import Any
 
 from pipelines.execute import Resources
-from pipelines.graph import Learner, at
+from pipelines.learners import Learner, at
 from pipelines.mix import made_from
 from pipelines.models import Classifier, LanguageModel, Model, Target
 from pipelines.run import Counts, Run, wanted

@@ -1,0 +1,134 @@
+"""The models of a recipe compiled: what each reads, and what is wrong with it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipelines.models import Classifier, LanguageModel, Target
+from pipelines.recipe import Recipe, Weights
+from scorers.base import Parameters
+from storage.errors import QueryError
+from storage.expressions import Expression, Scope, check_expression
+from storage.sql import check_query, named, nearest
+
+if TYPE_CHECKING:
+    from pipelines.graph import Entry
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A [models.x] entry as it will be trained.
+
+    Attributes:
+        reads: whatever must be there before it, of any kind.
+        labels: of a classifier that learns from weights, a document's group, and which documents.
+    """
+
+    name: str
+    definition: LanguageModel | Classifier | Target
+    reads: tuple[str, ...] = ()
+    labels: tuple[Expression, Expression | None] | None = None
+    fingerprint: str = ""
+
+    @property
+    def model(self) -> str:
+        """What the trained model is called in the lake."""
+        return f"{self.name}__{self.fingerprint[:8]}"
+
+    @property
+    def of_documents(self) -> bool:
+        """Whether it learns from the lake, and not from files alone."""
+        match self.definition:
+            case LanguageModel(mixture=more) | Classifier(weights=more):
+                return self.definition.query is not None or more is not None
+            case Target(query=query, preconditioner=preconditioner):
+                return query is not None or preconditioner != "none"
+
+
+def compiled(recipe: Recipe, entries: Mapping[str, "Entry"], scope: Scope, problems: list[str]) -> dict[str, Learner]:
+    """The [models.x] entries, their fingerprints still open; `problems` gets what is wrong."""
+    found = {}
+    for name, model in recipe.models.items():
+        place = f"models.{name}"
+        problems += [at(place, problem, type(model)) for problem in model.problems()]
+        reads, labels = set(models_named(recipe, place, model, problems)), None
+        if model.query is not None:
+            reads |= _asked(recipe, entries, f"{place}.query", model.query, problems)
+        if isinstance(model, LanguageModel) and model.mixture is not None:
+            reads |= _mixture(recipe, f"{place}.mixture", model.mixture, problems)
+        if isinstance(model, Target):
+            reads |= _index(recipe, entries, place, model.gradients, problems)
+        if isinstance(model, Classifier) and model.weights is not None:
+            if model.weights not in recipe.weights:
+                there = nearest(model.weights, recipe.weights)
+                problems.append(f"{place}.weights: no entry [weights.{model.weights}]{there}")
+            elif labels := _labels(f"weights.{model.weights}", recipe.weights[model.weights], scope, problems):
+                labelling = {entry for part in labels if part for entry, _ in part.references if entry}
+                reads |= {model.weights, *labelling}
+        found[name] = Learner(name, model, tuple(sorted(reads)), labels)
+    return found
+
+
+def models_named(recipe: Recipe, place: str, parameters: Parameters, problems: list[str]) -> tuple[str, ...]:
+    """The models of the recipe that parameters name, sorted."""
+    found = set()
+    for parameter, name in parameters.trained.items():
+        model = recipe.models.get(name)
+        if model is None:
+            problems.append(f"{place}.{parameter}: no entry [models.{name}]{nearest(name, recipe.models)}")
+        elif model.trainer != parameters.trainer_read:
+            problems.append(
+                f'{place}.{parameter}: models.{name} has trainer = "{model.trainer}", and one of '
+                f'"{parameters.trainer_read}" is needed'
+            )
+        else:
+            found.add(name)
+    return tuple(sorted(found))
+
+
+def at(place: str, problem: str, parameters: type[Parameters]) -> str:
+    """A problem told of the field that it begins with, or of the whole entry."""
+    return f"{place}{'.' if problem.partition(':')[0] in parameters.model_fields else ': '}{problem}"
+
+
+def _index(recipe: Recipe, entries: Mapping[str, "Entry"], place: str, name: str, problems: list[str]) -> set[str]:
+    """The gradient index of a target, and the models that it is of."""
+    indexes = [each for each, score in recipe.scores.items() if getattr(score.spec, "scorer", "") == "gradients"]
+    if name not in indexes:
+        problems.append(f'{place}.gradients: no entry {name!r} with scorer = "gradients"{nearest(name, indexes)}')
+        return set()
+    return {name, *entries[name].models}
+
+
+def _asked(recipe: Recipe, entries: Mapping[str, "Entry"], place: str, query: str, problems: list[str]) -> set[str]:
+    """What the query of a model reads."""
+    try:
+        check_query(query, ("documents", "corpus", *entries), ["mixture"])
+    except QueryError as error:
+        problems += [f"{place}: {problem}" for problem in error.problems]
+        return set()
+    asked = named(query)
+    reads = (asked.tables | (asked.columns if "corpus" in asked.tables else set())) & entries.keys()
+    for mixture in {name for function, name in asked.calls if function == "mixture"}:
+        reads |= _mixture(recipe, place, mixture, problems)
+    return reads
+
+
+def _mixture(recipe: Recipe, place: str, name: str, problems: list[str]) -> set[str]:
+    if name not in recipe.mixtures:
+        problems.append(f"{place}: no mixture {name!r}{nearest(name, recipe.mixtures)}")
+        return set()
+    return {name}
+
+
+def _labels(
+    place: str, weights: Weights, scope: Scope, problems: list[str]
+) -> tuple[Expression, Expression | None] | None:
+    """The group of a document that is labelled by weights, and which documents; None where either is no SQL."""
+    try:
+        group = check_expression(weights.group_by, scope)
+        return group, check_expression(weights.where, scope) if weights.where is not None else None
+    except QueryError as error:
+        if weights.method == "given":  # of the others it is told already
+            problems += [f"{place}.group_by: {problem}" for problem in error.problems]
+        return None
