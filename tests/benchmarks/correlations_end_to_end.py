@@ -3,7 +3,7 @@
     CORPUSMILL_BENCH_DATA=FOLDER python tests/benchmarks/correlations_end_to_end.py [--tokens 100000] [--size 1m]
         [--items 100] [--lake DIR]
 
-FOLDER/text holds a file <domain>.jsonl.gz (`id`, `text`) of each of DOMAINS, FOLDER/benchmarks the items of BENCHMARKS.
+FOLDER/text holds a file <domain>.jsonl.gz (`id`, `text`) of each of DOMAINS, FOLDER/benchmarks what EXPECTED names.
 Documents are cut into passages of about 1,000 characters, and each document, by the hash of its id, gives passages to
 one of three parts alone: what models learn, what is known of domains (a fifth of it is read by all models, all of it
 is labelled for the classifiers), and the pool. One recipe
@@ -15,8 +15,18 @@ is labelled for the classifiers), and the pool. One recipe
 
 Every benchmark is of a kind (EXPECTED), so one can see whether the estimates find it. Small models choose between
 answers by chance; how likely the right answer is to them says more, so that is what is ranked. It is a check of the
-whole way, not of what the paper claims: twelve models of one trainer are few, and differ more than public ones do.
-With --lake the lake is kept, and a run that was stopped goes on. About 20 minutes of one free core.
+whole way, not of what the paper claims: nothing is trained on what was selected, and twelve models of one trainer are
+few, and differ more than public ones do.
+
+What it showed: of the domains, code is first for HumanEval (estimate 0.97, interval 0.81 to 1.00), the two medical ones
+for MMLU's medicine (0.94 and 0.92). LAMBADA, contemporary fiction, has speeches, novels, web and messages first, all
+near 0.55, with intervals from below 0 to 1. ARC-easy and MMLU's law prefer running English prose to textbooks (rank 9)
+and contracts (7): what these models can do for a short answer is probably plain language, and no more. Held-out R2
+says nothing for so few models: where a fold has two, it is 1 or -3. The page classifiers tell pages of the chosen
+domains from others in documents that they never saw (AUROC 0.96 to 0.98), so the mixture by pages is close to the one
+by domains. Accuracies are at chance, 19 to 34 %.
+
+With --lake the lake is kept, and a run that was stopped goes on. About 13 minutes of one free core.
 """
 
 import argparse
