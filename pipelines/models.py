@@ -96,7 +96,7 @@ class Target(TargetTraining):
     """Which documents the curvature is estimated from; the recipe's seed when left out."""
 
     file: ClassVar[str] = ""
-    weights_files: ClassVar[tuple[str, ...]] = ("target.safetensors",)
+    weights_files: ClassVar[tuple[str, ...]] = ("target.npz",)
     columns: ClassVar[tuple[str, ...]] = ("text",)
     holdout: ClassVar[float] = 0.0
 

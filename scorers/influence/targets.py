@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,10 +18,9 @@ from scorers.base import Parameters
 from scorers.influence.curvature import DAMPING
 from scorers.influence.direction import Direction, Preconditioner, answers, direction
 from scorers.influence.index import Gradients, unpacked
-from scorers.influence.trackstar import Whitening
 from storage.errors import RecipeError
 
-FILE = "target.safetensors"
+FILE = "target.npz"
 
 
 class TargetTraining(Parameters):
@@ -42,7 +41,7 @@ class TargetTraining(Parameters):
 def train(
     training: TargetTraining, index: Gradients, texts: str, corpus: str, out: str, *, seed: int, device: str
 ) -> None:
-    """Write `out`/target.safetensors and `out`/training.json; `out` appears as a whole.
+    """Write `out`/target.npz and `out`/training.json; `out` appears as a whole.
 
     Args:
         index: the entry that will be asked, its model a path.
@@ -70,7 +69,7 @@ def train(
     )
     folder = Path(texts).with_name("out")
     folder.mkdir(exist_ok=True)
-    write(found, str(folder))
+    found.save(str(folder / FILE))
     record = {
         "trainer": "influence",
         "training": training.model_dump(mode="json"),
@@ -94,29 +93,9 @@ def _rows(corpus: str) -> Iterator[NDArray[np.float32]]:
             yield unpacked(batch.column("gradient").cast("large_binary")).astype(np.float32) * norms[:, None]
 
 
-def write(found: Direction, folder: str) -> None:
-    """Keep a direction in a folder."""
-    from safetensors.numpy import save_file
-
-    arrays: dict[str, NDArray[Any]] = {"rows": np.ascontiguousarray(found.rows)}
-    if found.whitening is not None:
-        arrays["mixing"] = np.array([found.whitening.mixing])
-        for number, (at, root) in enumerate(zip(found.whitening.at, found.whitening.roots, strict=True)):
-            arrays |= {f"at.{number}": np.array([at.start, at.stop]), f"root.{number}": root}
-    save_file(arrays, Path(folder, FILE))
-
-
 def read(folder: str) -> Direction:
-    """What `write` has left. RecipeError where it is no such folder."""
-    from safetensors.numpy import load_file
-
+    """What `train` has left in its folder. RecipeError where it is no such folder."""
     file = Path(folder, FILE)
     if not file.is_file():
         raise RecipeError(f'target: {folder!r} holds no target; name a [models.x] entry with trainer = "influence"')
-    arrays = load_file(file)
-    if "mixing" not in arrays:
-        return Direction(arrays["rows"])
-    blocks = sum(name.startswith("at.") for name in arrays)
-    at = tuple(slice(*arrays[f"at.{number}"].tolist()) for number in range(blocks))
-    roots = tuple(arrays[f"root.{number}"] for number in range(blocks))
-    return Direction(arrays["rows"], Whitening(at, roots, float(arrays["mixing"][0])))
+    return Direction.load(str(file))

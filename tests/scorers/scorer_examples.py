@@ -123,9 +123,9 @@ def influence(folder: Path) -> dict[str, Any]:
     import numpy as np
 
     from scorers.influence.direction import Direction
-    from scorers.influence.targets import write
+    from scorers.influence.targets import FILE
 
-    write(Direction(np.eye(2, 4, dtype=np.float32)), str(folder))
+    Direction(np.eye(2, 4, dtype=np.float32)).save(str(folder / FILE))
     return {"inputs": {"gradient": "index.gradient"}, "target": str(folder)}
 
 
