@@ -8,6 +8,11 @@ Chang et al. 2024, arXiv 2410.17413, section 3 and appendix A.1.3: m is chosen s
 roots go on both sides, since both are then scaled to length 1; the inverse on one side is another score and another
 order. The paper first divides gradients by the root of the optimizer's second moment (scorers.influence.adam).
 
+That is made for a target each of whose texts asks for facts of its own. Where the target is a domain, and what its
+texts share is what is looked for, take m = 0: what all documents share counts less, what the domain shares does not.
+(14 domains, 32 target texts of one, 560 documents, a model of 1M: of the first 7%, 0.51 were of the domain with m = 0,
+0.43 with the paper's m, 0.34 without R, 0.07 at random; with 4 target texts 0.36, 0.25, 0.29.)
+
 All of it is numpy on rows of a gradient index: no model is needed.
 """
 
@@ -103,14 +108,17 @@ def whitening(
     index: Blocks,
     at: Sequence[slice],
     *,
+    share: float | None = None,
     components: int | None = None,
     damping: float = DAMPING,
 ) -> Whitening:
     """(R + d I)^-1/2 of the two sides' second moments; d is `damping` times the mean eigenvalue of each block.
 
+    share: the target's in R, 0 to 1; None for that of `mixing`, with its `components`.
+
     A block in which all gradients are zero stays so. RecipeError as `mixing`, and where with no damping R is singular.
     """
-    m = mixing(target, index, components)
+    m = mixing(target, index, components) if share is None else share
     roots = tuple(_root(m * t + (1 - m) * r, damping) for t, r in zip(target, index, strict=True))
     return Whitening(tuple(at), roots, m)
 

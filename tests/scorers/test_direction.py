@@ -94,6 +94,10 @@ def test_what_the_targets_share_counts_less() -> None:
     mixed = white(index[-2:]) @ white(query)[0]
     assert plain[0] > plain[1]
     assert mixed[0] < mixed[1]
+    alone = whitening(second_moments([targets], at), second_moments([index], at), at, share=0)
+    other = whitening((np.eye(32),), second_moments([index], at), at, share=0)
+    assert alone.mixing == 0
+    assert (alone.roots[0] == other.roots[0]).all()
 
 
 def test_blocks_are_the_layers_or_their_sum(model: GradientModel) -> None:
