@@ -31,6 +31,7 @@ from pipelines.execute import Resources
 from pipelines.recipe import Mixture
 from pipelines.run import Counts, Run, wanted
 from scorers.base import digest
+from scorers.domains import repetition
 from scorers.domains import weights as weighers
 from storage.errors import RecipeError
 from storage.lake import run_sql, to_json
@@ -50,7 +51,7 @@ MIXTURE = pa.schema(
 )
 
 _UNESTIMATED = (None, None, None, None)
-"""The last columns of `weights` where no method estimated anything."""
+"""The columns of `weights` from estimate on where no method estimated anything."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def weigh(run: Run, name: str) -> Counts:
                 shares = _multiplied(f"weights.{name}.factor", shares, columns[0], weights.factor)
             rows = list(zip(*columns, natural.tolist(), shares.tolist(), strict=True))
     mine = (run.graph.recipe.name, name)
-    lines = [(*mine, *row, None, None, None, *more) for row, more in zip(rows, estimates, strict=True)]
+    lines = [(*mine, *row, None, None, None, *more, None, None) for row, more in zip(rows, estimates, strict=True)]
     _keep(run, name, "", {"key": key, "method": weights.method, **record}, lines)
     return {"groups": len(lines), "reused": False, **record}
 
@@ -155,6 +156,8 @@ def mix(run: Run, name: str) -> Counts:
             "expected_tokens": expected,
             "unspent_tokens": max(0, budget - expected) if budget is not None else None,
         }
+        worth, marginal = _worth(mixture, available, epochs)
+        totals["effective_tokens"] = round(sum(worth)) if worth else None
         if ordered:  # the selection ratio, as CoLoR-Filter has it: what there was for each that was taken
             there = pc.sum(found.totals.column("documents")).as_py()
             totals["tau"] = round(int(available.sum()) / expected, 6) if expected else None
@@ -164,7 +167,10 @@ def mix(run: Run, name: str) -> Counts:
         columns = [found.totals.column(c).to_pylist() for c in ("group", "documents", "tokens")]
         columns += [natural.tolist(), weights.tolist(), epochs.tolist()]
         columns += [[taken[group] for group in groups], [tokens[group] for group in groups]]
-        lines = [(graph.recipe.name, name, *row, *_UNESTIMATED) for row in zip(*columns, strict=True)]
+        nothing = [None] * len(groups)
+        repeated = zip(worth or nothing, marginal or nothing, strict=True)
+        rows = zip(zip(*columns, strict=True), repeated, strict=True)
+        lines = [(graph.recipe.name, name, *row, *_UNESTIMATED, *more) for row, more in rows]
         _keep(run, name, table, record, lines, [result.file for _, result in drawn])
     return totals
 
@@ -247,6 +253,16 @@ def _epochs(run: Run, name: str, totals: pa.Table, budget: int | None) -> tuple[
         return weights, np.full(len(groups), 1.0), plan
     max_epochs = mixture.max_epochs or 1.0
     return weights, weighers.epochs(weights, tokens, budget, max_epochs), {**plan, "max_epochs": max_epochs}
+
+
+def _worth(mixture: Mixture, tokens: np.ndarray, epochs: np.ndarray) -> tuple[list[float], list[float]]:
+    """Per group how many new tokens its tokens are worth, and what one more is, by the law of repetition.
+
+    Empty with `copies`, for the law speaks of tokens that are all repeated alike.
+    """
+    if mixture.copies is not None:
+        return [], []
+    return (tokens * repetition.effective_epochs(epochs)).tolist(), repetition.marginal_value(epochs).tolist()
 
 
 def _multiplied(place: str, shares: np.ndarray, groups: list[str], factor: Mapping[str, float]) -> np.ndarray:

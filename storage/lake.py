@@ -41,7 +41,7 @@ BOOKS = {
     "ledger": '"table" VARCHAR, file BIGINT, records BIGINT, documents BIGINT, rejects BIGINT',
     "weights": 'recipe VARCHAR, mixture VARCHAR, "group" VARCHAR, documents BIGINT, tokens BIGINT, share DOUBLE, '
     "weight DOUBLE, epochs DOUBLE, taken_documents BIGINT, taken_tokens BIGINT, "
-    "estimate DOUBLE, rank BIGINT, low DOUBLE, high DOUBLE",
+    "estimate DOUBLE, rank BIGINT, low DOUBLE, high DOUBLE, effective_tokens DOUBLE, marginal_value DOUBLE",
     "mixtures": 'recipe VARCHAR, name VARCHAR, "table" VARCHAR, made_at TIMESTAMPTZ, record JSON',
     "seen": '"table" VARCHAR, shard VARCHAR, input VARCHAR',
     "models": "name VARCHAR, model VARCHAR, path VARCHAR, input VARCHAR, digest VARCHAR, made_at TIMESTAMPTZ, "

@@ -172,6 +172,23 @@ def test_a_factor_that_helps_nobody_is_told(sites, factor, told):
         sites.run(recipe(sites, method="natural", tokens="n_bytes", factor=factor), ("ingest", "weigh"))
 
 
+def test_the_book_tells_what_repeated_tokens_are_worth(sites):
+    """50 tokens four times, 800 not even once: the law's 3.72567 epochs, and 200 new tokens."""
+    tables = recipe(sites, method="given", share={"small.org": 1, "big.org": 1})
+    tables["mixtures"]["main"]["budget_tokens"] = 400
+    tables["mixtures"]["curve"] = {"tokens": "n_bytes", "copies": "2"}
+    sites.run(tables)
+    query = 'SELECT "group", effective_tokens, marginal_value FROM lake.main.weights WHERE mixture = ?'
+    found = {group: row for group, *row in sites.lake.rows(query, ["main"])}
+    assert found["small.org"] == pytest.approx([50 * 3.72567, 0.82287], rel=1e-5)
+    assert found["big.org"] == [200.0, 1.0]
+    assert found["mid.org"] == [0.0, 1.0]
+    assert record(sites, "main")["totals"]["effective_tokens"] == 386
+    assert {tuple(row) for _, *row in sites.lake.rows(query, ["curve"])} == {(None, None)}
+    assert {tuple(row) for _, *row in sites.lake.rows(query, ["w"])} == {(None, None)}
+    assert record(sites, "curve")["totals"]["effective_tokens"] is None
+
+
 def test_weight_on_a_group_that_is_not_there_names_it(sites):
     with pytest.raises(RecipeError, match=r"mixtures\.main: weights\.w gives weight to .* candidates: gone\.org; take"):
         sites.run(recipe(sites, method="given", share={"big.org": 1, "gone.org": 1, "never.org": 0}))
