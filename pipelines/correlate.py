@@ -73,7 +73,7 @@ def correlate(
 
 def _held_out(weights: Weights, losses: Array, errors: Array) -> dict[str, Any] | None:
     """R^2 of held-out ranks by the estimates and by the mean loss; None where models or texts are too few for it."""
-    folds = min(5, len(errors) // 2)
+    folds = min(5, len(errors) // LEAST)  # the ranks of two models are right or wrong, and nothing between
     if folds < 2 or len(errors) - -(-len(errors) // folds) < LEAST or np.isnan(losses).any(axis=0).all():
         return None
     found = held_out(losses, errors, lambda x, y: estimate(x, y, weights.estimator), folds=folds)

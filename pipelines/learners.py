@@ -57,7 +57,7 @@ def compiled(recipe: Recipe, entries: Mapping[str, "Entry"], scope: Scope, probl
         if isinstance(model, LanguageModel) and model.mixture is not None:
             reads |= _mixture(recipe, f"{place}.mixture", model.mixture, problems)
         if isinstance(model, Target):
-            reads |= _index(recipe, entries, place, model.gradients, problems)
+            reads |= _index(recipe, entries, place, model, problems)
         if isinstance(model, Classifier) and model.weights is not None:
             if model.weights not in recipe.weights:
                 there = nearest(model.weights, recipe.weights)
@@ -91,12 +91,15 @@ def at(place: str, problem: str, parameters: type[Parameters]) -> str:
     return f"{place}{'.' if problem.partition(':')[0] in parameters.model_fields else ': '}{problem}"
 
 
-def _index(recipe: Recipe, entries: Mapping[str, "Entry"], place: str, name: str, problems: list[str]) -> set[str]:
+def _index(recipe: Recipe, entries: Mapping[str, "Entry"], place: str, target: Target, problems: list[str]) -> set[str]:
     """The gradient index of a target, and the models that it is of."""
+    name = target.gradients
     indexes = [each for each, score in recipe.scores.items() if getattr(score.spec, "scorer", "") == "gradients"]
     if name not in indexes:
         problems.append(f'{place}.gradients: no entry {name!r} with scorer = "gradients"{nearest(name, indexes)}')
         return set()
+    if target.preconditioner in ("kfac", "ekfac") and getattr(recipe.scores[name].spec, "adam", "none") != "none":
+        problems.append(f"{place}.preconditioner: {name} has Adam's scale already; take none or trackstar")
     return {name, *entries[name].models}
 
 

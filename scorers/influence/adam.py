@@ -11,6 +11,7 @@ Both are applied to whole gradients before they are projected, one document at a
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,12 +21,28 @@ from scorers.influence.gradients import Document, GradientModel, projected
 from scorers.influence.layers import Layer, canonical, kind
 from scorers.influence.projection import Projection
 from scorers.influence.reducers import Transform
+from scorers.lm.training import MOMENTS
 from storage.errors import RecipeError
 
 if TYPE_CHECKING:
     import torch
 
 EPSILON = 1e-8
+
+
+def moments(model: GradientModel, folder: str) -> tuple[dict[str, "torch.Tensor"], dict[str, "torch.Tensor"]]:
+    """exp_avg and exp_avg_sq, as `by_layer` has them, out of a model's folder. RecipeError where it has none."""
+    from safetensors.torch import load_file
+
+    file = Path(folder, MOMENTS)
+    if not file.is_file():
+        raise RecipeError(f"adam: {folder!r} has no {MOMENTS}; train the model with keep_moments = true")
+    found = load_file(file)
+    first, second = (
+        by_layer(model, {name.partition(".")[2]: each for name, each in found.items() if name.startswith(f"{moment}.")})
+        for moment in ("exp_avg", "exp_avg_sq")
+    )
+    return first, second
 
 
 def by_layer(model: GradientModel, moments: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:

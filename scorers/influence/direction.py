@@ -20,16 +20,17 @@ All but trackstar's unit length are linear, so there the mean of the rows is the
 all texts together is enough.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scorers.influence.curvature import DAMPING, Curvature, fitted, inverse_product
+from scorers.influence.curvature import DAMPING, fitted, inverse_product
 from scorers.influence.gradients import Document, GradientModel, projected, summed
 from scorers.influence.projection import Projection
+from scorers.influence.reducers import Transform
 from scorers.influence.trackstar import Whitening, blocks, second_moments, whitening
 from scorers.lm.corpus import first_answer_token
 from scorers.lm.tokenizer import load_tokenizer
@@ -101,6 +102,7 @@ def direction(
     best_of: bool = False,
     sample: int | None = 0,
     share: float | None = None,
+    transform: Transform | None = None,
 ) -> Direction:
     """The direction of a target set of `documents`, for an index of the same `projection` of the same model.
 
@@ -109,37 +111,37 @@ def direction(
     index: pieces [n, d] of the index at its gradients' own lengths, for "trackstar"; a sample does.
         share: the target's in its second moments; None for the paper's, 0 for a target that is a domain.
     best_of: one row for each text, of which a document's best counts; else their mean.
+    transform: what the index's gradients went through, where it is linear; not with "kfac" and "ekfac".
 
     RecipeError when no text has a token that counts, when a gradient is not finite, and as the preconditioner's parts.
     """
     if preconditioner == "trackstar":
-        at, each = blocks(projection), target(model, documents, projection, best_of=True)
+        at, each = blocks(projection), target(model, documents, projection, transform, best_of=True)
         white = whitening(second_moments([each], at), second_moments(index, at), at, share=share, damping=damping)
         return Direction(white(each if best_of else each.mean(axis=0, keepdims=True)), white)
-    curvature = None
     if preconditioner != "none":
         curvature = fitted(model, fit, eigenvalues=preconditioner == "ekfac", sample=sample)
-    return Direction(target(model, documents, projection, curvature=curvature, damping=damping, best_of=best_of))
+        transform = inverse_product(curvature, damping=damping)
+    return Direction(target(model, documents, projection, transform, best_of=best_of))
 
 
 def target(
     model: GradientModel,
     documents: Sequence[Document | None],
     projection: Projection,
+    transform: Transform | None = None,
     *,
-    curvature: Mapping[str, Curvature] | None = None,
-    damping: float = DAMPING,
     best_of: bool = False,
 ) -> NDArray[np.float32]:
     """The target's projected rows [1, d], or with `best_of` [n, d]; linear in the documents' gradients.
 
-    The inverse curvature is applied in full size, before the projection. A text without a token that counts has no row
-    and no part in the mean. RecipeError when none has one, and when a gradient is not finite.
+    `transform`, such as the inverse curvature, is linear and applied in full size, before the projection. A text
+    without a token that counts has no row and no part in the mean. RecipeError when none has one, and when a gradient
+    is not finite.
     """
     kept = [document for document in documents if document is not None and model.n_predicted(document)]
     if not kept:
         raise RecipeError("the target has no text with a token to predict; give it some")
-    transform = None if curvature is None else inverse_product(curvature, damping=damping)
     if best_of:
         rows = projected(model, kept, projection, transform)
     else:

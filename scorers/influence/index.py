@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from scorers.base import Column, Staged
+from scorers.influence.adam import directions, moments, normalised
 from scorers.influence.gradients import projected
 from scorers.influence.projection import Combine
 from scorers.influence.spec import Documents, GradientSpec, staged
@@ -29,6 +30,10 @@ class Gradients(GradientSpec):
     combine: "concatenate" keeps the layers' blocks apart, in name order (LoGra, TrackStar; d = p^2 times the layers);
         "sum" adds them into one projection of the whole gradient (LESS, TRAK; d = p^2 whatever the model).
     seed: of the projection's signs, with the layers' names.
+    adam: what Adam would make of a gradient, by the moments that a model of the recipe was trained to with
+        keep_moments: "scale" divides by the root of the second (TrackStar), "direction" is its next step (LESS; the
+        target's side stays a gradient). Documents then go through the model one by one, and whole gradients are in
+        memory: several times slower.
 
     `gradient` is the unit row, `norm` its length before: |g| but for the projection. Rows of different models, layers,
     projections or seeds do not compare. All three are NULL where the gradient is not finite or no token is predicted
@@ -40,6 +45,7 @@ class Gradients(GradientSpec):
     projection: Annotated[int, Field(ge=1)] = 16
     combine: Combine = "concatenate"
     seed: Annotated[int, Field(ge=0)] = 0
+    adam: Literal["none", "scale", "direction"] = "none"
     version: ClassVar[int] = 1
 
     @property
@@ -54,10 +60,16 @@ class Gradients(GradientSpec):
         """RecipeError when the model cannot be loaded or a layer cannot be captured."""
         model = self.load(device)
         projection = model.projection(self.projection, seed=self.seed, combine=self.combine)
+        first, second = moments(model, self.model) if self.adam != "none" else ({}, {})
+
+        def rows_of(documents: Documents) -> NDArray[np.float32]:
+            if self.adam == "direction":
+                return directions(model, documents, projection, first, second)
+            return projected(model, documents, projection, normalised(second) if self.adam == "scale" else None)
 
         def finish(documents: Documents) -> pa.RecordBatch:
             n_tokens = np.array([model.n_predicted(d) if d else 0 for d in documents], np.int64)
-            rows, norms = unit(projected(model, documents, projection))
+            rows, norms = unit(rows_of(documents))
             unknown = (n_tokens == 0) | ~np.isfinite(norms)
             return pa.record_batch(
                 [

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from scorers.base import Parameters
+from scorers.influence.adam import moments, normalised
 from scorers.influence.curvature import DAMPING
 from scorers.influence.direction import Direction, Preconditioner, answers, direction
 from scorers.influence.index import Gradients, unpacked
@@ -56,6 +57,7 @@ def train(
     pairs = [(row["prompt"], row["text"]) for row in pq.read_table(texts, columns=["prompt", "text"]).to_pylist()]
     documents = answers(model, index.model, pairs)
     curved = training.preconditioner in ("kfac", "ekfac")
+    scale = normalised(moments(model, index.model)[1]) if index.adam == "scale" else None
     found = direction(
         model,
         documents,
@@ -66,6 +68,7 @@ def train(
         damping=training.damping,
         best_of=training.best_of,
         sample=seed,
+        transform=scale,
     )
     folder = Path(texts).with_name("out")
     folder.mkdir(exist_ok=True)

@@ -49,8 +49,9 @@ class Learner:
         self.weights = torch.zeros(sum(places), device=self.device)
         self.gradient, self.mean, self.square = (torch.zeros_like(self.weights) for _ in range(3))
         begin = 0
+        self._places: dict[torch.nn.Parameter, slice] = {}
         for weight, places_taken in zip(groups[0] + groups[1], places, strict=True):
-            own = slice(begin, begin + weight.numel())
+            own = self._places[weight] = slice(begin, begin + weight.numel())
             self.weights[own] = weight.data.flatten()
             weight.data = self.weights[own].view_as(weight)
             weight.grad = self.gradient[own].view_as(weight)
@@ -95,6 +96,14 @@ class Learner:
             own.copy_(other)
         for state in self._optimizer.state.values():
             state["step"].fill_(step)
+
+    def moments(self) -> dict[str, "torch.Tensor"]:
+        """AdamW's exp_avg and exp_avg_sq, each followed by a dot and the parameter's name, in the parameter's shape."""
+        found = {}
+        for name, weight in self.model.named_parameters():
+            for moment, vector in (("exp_avg", self.mean), ("exp_avg_sq", self.square)):
+                found[f"{moment}.{name}"] = vector[self._places[weight]].view_as(weight).cpu().clone()
+        return found
 
     def release(self) -> Any:
         """The model on the CPU, each weight a tensor of its own again. The learner is of no further use."""

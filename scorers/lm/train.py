@@ -23,7 +23,7 @@ from scorers.lm.corpus import Corpus, first_answer_token, held_out, open_corpus,
 from scorers.lm.forward import CausalLM, load_model
 from scorers.lm.learner import Learner
 from scorers.lm.tokenizer import load_tokenizer, quiet
-from scorers.lm.training import LADDER, Settings, Training, context_of, resolve
+from scorers.lm.training import LADDER, MOMENTS, Settings, Training, context_of, resolve
 from storage.errors import RecipeError
 
 CHECKPOINT_SECONDS = 300.0
@@ -57,6 +57,7 @@ def train(
     finite; ShardError where one sequence does not fit into memory.
     """
     import torch
+    from safetensors.torch import save_file
 
     torch.set_num_threads(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
@@ -111,9 +112,12 @@ def train(
             last_write = time.monotonic()
     if rank != 0:
         return {}
+    moments = learner.moments() if training.keep_moments else {}
     model = learner.release()
     del learner  # its vectors are four times the model
     aside = _write(model, corpus, out)
+    if moments:
+        save_file(moments, aside / MOMENTS)
     record = _record(training, settings, corpus, model, progress) | {
         "held_out_before": held_out_loss(base, texts, corpus, context, device) if base is not None else None,
         "held_out": held_out_loss(str(aside), texts, corpus, context, device),

@@ -63,6 +63,8 @@ LADDER: Mapping[SizeName, Size] = {
 }
 
 CONTEXT = 512
+MOMENTS = "moments.safetensors"
+"""In a model's folder, Adam's moments at the end of its training."""
 LEAST_STEPS = 200
 MOST_WARMUP = 0.1
 
@@ -78,7 +80,8 @@ class Training(Parameters):
     tokens of an optimizer step; it and tokens are rounded down to whole sequences. learning_rate: the peak.
     min_lr_ratio: where the cosine ends, over the peak. warmup_tokens: of the linear rise. dtype: bfloat16 computes in
     mixed precision (GPUs, and CPUs that have it); weights, moments and the written model are float32 in any case.
-    answers_only: of texts with a prompt, the prompt's tokens are no targets.
+    answers_only: of texts with a prompt, the prompt's tokens are no targets. keep_moments: Adam's moments stay beside
+    the weights, twice their size, for gradients as the optimizer sees them.
     """
 
     size: SizeName | None = None
@@ -97,6 +100,7 @@ class Training(Parameters):
     clip: Annotated[float, Field(gt=0)] = 1.0
     dtype: DType = "float32"
     answers_only: bool = False
+    keep_moments: bool = False
 
     version: ClassVar[int] = 1
     libraries: ClassVar[tuple[str, ...]] = ("transformers", "tokenizers")

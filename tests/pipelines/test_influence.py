@@ -95,6 +95,29 @@ def test_curvature_of_the_index_s_documents(pool, preconditioner):
     other.lake.close()
 
 
+def test_gradients_as_adam_sees_them(pool):
+    """LESS and TrackStar's scale, with the moments that the model's training left."""
+    changed = recipe(pool, like_x={"targets": "x.jsonl"})
+    changed["models"]["prior"] = PRIOR | {"keep_moments": True}
+    for adam in ("scale", "direction"):
+        changed["scores"][adam] = INDEX | {"adam": adam}
+        changed["models"][f"{adam}_x"] = {"trainer": "influence", "gradients": adam, "targets": "x.jsonl"}
+        inputs = {"gradient": f"{adam}.gradient"}
+        changed["scores"][f"by_{adam}"] = {"scorer": "influence", "inputs": inputs, "target": f"models.{adam}_x"}
+    pool.run(changed)
+    found = np.array(pool.ask("SELECT to_like_x.score, by_scale.score, by_direction.score FROM corpus ORDER BY doc_id"))
+    assert len({tuple(column) for column in found.T.round(3)}) == 3, "three measures"
+    for entry in ("by_scale", "by_direction"):
+        sites = mean(pool, entry)
+        assert sites["x.org"] > sites["y.org"]
+    changed["models"]["prior"] = PRIOR
+    with pytest.raises(RecipeError, match=r"adam: .* has no moments.safetensors; train the model with"):
+        pool.run(changed)
+    changed["models"]["scale_x"]["preconditioner"] = "ekfac"
+    with pytest.raises(RecipeError, match=r"models\.scale_x\.preconditioner: scale has Adam's scale already"):
+        pool.graph(changed)
+
+
 def test_a_model_trained_anew_gives_another_index_and_target(pool):
     aim = {"like_x": {"targets": "x.jsonl"}}
     pool.run(recipe(pool, **aim))

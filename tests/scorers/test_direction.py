@@ -123,7 +123,7 @@ def test_unprojected_inner_products_are_influences(model: GradientModel) -> None
     documents, layers = model.documents(TEXTS), {a.name: a for a in model.layers}
     whole = model.projection(10_000)
     found = fitted(model, documents, eigenvalues=True)
-    rows = target(model, documents[:2], whole, curvature=found, damping=0.2)
+    rows = target(model, documents[:2], whole, inverse_product(found, damping=0.2))
     scores = projected(model, documents, whole) @ rows[0]
     apply, query = inverse_product(found, damping=0.2), summed(model, documents[:2])
     for document, score in zip(documents, scores, strict=True):

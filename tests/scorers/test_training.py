@@ -29,7 +29,7 @@ from scorers.lm.forward import CausalLM
 from scorers.lm.learner import Learner
 from scorers.lm.tokenizer import load_pretrained, load_tokenizer
 from scorers.lm.train import learning_rate, train
-from scorers.lm.training import LADDER, Settings, Training, resolve
+from scorers.lm.training import LADDER, MOMENTS, Settings, Training, resolve
 from storage.errors import RecipeError, ShardError
 
 ROOT = Path(__file__).parents[2]
@@ -418,6 +418,18 @@ def test_the_same_seed_gives_the_same_bits(texts: str, trained: tuple[Path, dict
     again = run(tmp_path, texts)
     assert same(tmp_path / "model", trained[0] / "model")
     assert again["loss"] == trained[1]["loss"]
+
+
+def test_moments_stay_beside_the_weights_where_they_are_asked_for(texts: str, tmp_path: Path) -> None:
+    """After one step they are (1 - b1) g and (1 - b2) g^2."""
+    run(tmp_path, texts, keep_moments=True, tokens=128)
+    found, own = load_file(tmp_path / "model" / MOMENTS), weights(tmp_path / "model")
+    names = {name.partition(".")[2] for name in found}
+    assert names == own.keys() == {name for name in own if found[f"exp_avg.{name}"].shape == own[name].shape}
+    for name in names:
+        gradient = found[f"exp_avg.{name}"] / 0.1
+        assert torch.allclose(found[f"exp_avg_sq.{name}"], 0.01 * gradient.square(), rtol=1e-4, atol=1e-20)
+    assert any(found[f"exp_avg.{name}"].any() for name in names)
 
 
 def test_later_epochs_go_in_another_order(tmp_path: Path) -> None:
