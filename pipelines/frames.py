@@ -1,6 +1,7 @@
 """A shard's columns side by side: by position, without a join, whatever the number of tables.
 
-Used by workers. `evaluate` gives SQL expressions over documents and entries for every row of a shard, in its order.
+Used by workers. `evaluate` gives SQL expressions over documents and entries for every row of a shard, in its order;
+`evaluated` gives them some rows at a time, for columns as wide as gradients.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +17,7 @@ from pipelines.layers import Reference, closure, layered
 from pipelines.run import Run, wanted
 from storage.errors import QueryError, RecipeError
 from storage.lake import check_aligned, run_sql
-from storage.shards import read_shard
+from storage.shards import read_beside
 
 Paths = Mapping[str, str]
 INGESTED = "ingest"
@@ -57,35 +58,48 @@ def paths_of(run: Run, references: Iterable[Reference]) -> dict[str, dict[str, s
     return tables
 
 
+def frames(graph: Graph, data: str, paths: Paths, needed: Mapping[str, set[str]]) -> Iterator[pa.Table]:
+    """A shard's document columns, and every needed score column under the name "entry.column", some rows at a time."""
+    entries = {name: graph.entries[name] for name in needed if name in graph.entries}
+    aligned = {name: sorted(needed[name]) for name, entry in entries.items() if entry.kind not in ("rules", "reduce")}
+    sparse = {name: sorted(needed[name]) for name, entry in entries.items() if entry.kind == "reduce"}
+    tables = {"": sorted(needed[""] - {"doc_id"}), **aligned}
+    shards = [(paths[name], ["doc_id", *columns]) for name, columns in tables.items()]
+    for pieces in read_beside(data, shards):
+        table = pieces[0]
+        ids = table.column("doc_id")
+        for (name, columns), found in zip(aligned.items(), pieces[1:], strict=True):
+            check_aligned(ids, found.column("doc_id"), entries[name].table)
+            for column in columns:
+                table = table.append_column(f"{name}.{column}", found.column(column))
+        for name, columns in sparse.items():
+            found = _sparse(data, paths[name], ids, columns, entries[name])
+            for column in columns:
+                table = table.append_column(f"{name}.{column}", found.column(column))
+        yield table
+
+
 def frame(graph: Graph, data: str, paths: Paths, needed: Mapping[str, set[str]]) -> pa.Table:
-    """One table of a shard: its document columns, and every needed score column under the name "entry.column"."""
-    columns = ["doc_id", *sorted(needed[""] - {"doc_id"})]
-    table = read_shard(data, paths[""], columns).select(columns)
-    ids = table.column("doc_id")
-    for name in needed:
-        entry = graph.entries.get(name)
-        if entry is None or entry.kind == "rules":
-            continue
-        wanted = sorted(needed[name])
-        if entry.kind == "reduce":
-            found = _sparse(data, paths[name], ids, wanted, entry)
-        else:
-            found = read_shard(data, paths[name], ["doc_id", *wanted])
-            check_aligned(ids, found.column("doc_id"), entry.table)
-        for column in wanted:
-            table = table.append_column(f"{name}.{column}", found.column(column))
-    return table
+    """One table of a shard, as `frames`."""
+    return pa.concat_tables(frames(graph, data, paths, needed))
+
+
+def evaluated(
+    graph: Graph, data: str, paths: Paths, references: Iterable[Reference], expressions: Mapping[str, str]
+) -> Iterator[pa.Table]:
+    """The expressions' values for every row of a shard, in its order, some rows at a time."""
+    needed = closure(graph, references)
+    selected = ", ".join(f"{sql} AS c{i}" for i, sql in enumerate(expressions.values()))
+    query = f"SELECT {selected} FROM ({layered(graph, needed, 'shard')})"
+    for some in frames(graph, data, paths, needed):
+        yield run_sql(query, shard=some).rename_columns(list(expressions))
 
 
 def evaluate(
     graph: Graph, data: str, paths: Paths, references: Iterable[Reference], expressions: Mapping[str, str]
 ) -> pa.Table:
-    """The expressions' values for every row of a shard, in its order."""
-    needed = closure(graph, references)
-    selected = ", ".join(f"{sql} AS c{i}" for i, sql in enumerate(expressions.values()))
-    query = f"SELECT {selected} FROM ({layered(graph, needed, 'shard')})"
-    table = run_sql(query, shard=frame(graph, data, paths, needed))
-    return table.rename_columns(list(expressions))
+    """The expressions' values for every row of a shard, in its order, as one table."""
+    return pa.concat_tables(evaluated(graph, data, paths, references, expressions))
 
 
 def covered(graph: Graph, entry: Entry, data: str, paths: Paths, rows: int) -> np.ndarray:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.execute import Resources
-from pipelines.frames import covered, evaluate, paths_of
+from pipelines.frames import covered, evaluated, paths_of
 from pipelines.graph import Entry, Graph
 from pipelines.run import Counts, Run, wanted
 from pipelines.views import joined
@@ -211,10 +211,12 @@ def _columns(graph: Graph, entry: Entry, spec: ColumnsSpec, score: Score, data: 
     ids = read_shard(data, item.paths[""], ["doc_id"]).column(0)
     expressions = {role: f"{name}.{column}" for role, (name, column) in inputs.items()}
     ready = " AND ".join(sorted({f"{name}.computed" for name, _ in inputs.values()}))
-    table = evaluate(graph, data, item.paths, set(inputs.values()), {"": ready, **expressions})
-    computed = table.column("").to_numpy() & covered(graph, entry, data, item.paths, item.rows)
-    batches = table.drop([""]).to_batches()
-    scores = [checked(score(batch), spec.columns, batch.num_rows, entry.name) for batch in batches]
+    known, scores = [np.ones(0, dtype=bool)], []
+    for some in evaluated(graph, data, item.paths, set(inputs.values()), {"": ready, **expressions}):
+        known.append(some.column("").to_numpy())
+        batches = some.drop([""]).to_batches()
+        scores += [checked(score(batch), spec.columns, batch.num_rows, entry.name) for batch in batches]
+    computed = np.concatenate(known) & covered(graph, entry, data, item.paths, item.rows)
     rows = pa.Table.from_batches(scores, pa.schema(list(entry.schema)[2:]))
     shown = rows.take(pa.array(np.arange(item.rows), mask=~computed))
     return Scored(_write(entry, data, item, ids, computed, shown), int(computed.sum()))

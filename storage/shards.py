@@ -8,14 +8,21 @@ A file name is used once and registered once; what `shards` does not know is an 
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage.errors import SchemaError
+
 ROW_GROUP = 1024
+PIECE = 2**25
+"""Bytes of shards that are read at once, before compression."""
+MOST_ROWS = 65_536
+"""Read at once: where rows are narrow, what is done once for all of them should not count."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,42 @@ def write_shard(
 def read_shard(data: str, path: str, columns: list[str] | None = None) -> pa.Table:
     """The shard's rows in their order."""
     return pq.read_table(Path(data, path), columns=columns, memory_map=True, partitioning=None)
+
+
+def read_beside(data: str, shards: Sequence[tuple[str, list[str]]]) -> Iterator[list[pa.Table]]:
+    """Columns of shards of equally many rows, a table of each; as many rows at a time as take about PIECE bytes.
+
+    At least once, also for shards without rows. SchemaError where the numbers of rows differ.
+    """
+    with ExitStack() as stack:
+        files = [stack.enter_context(pq.ParquetFile(Path(data, path), memory_map=True)) for path, _ in shards]
+        total = files[0].metadata.num_rows
+        if any(file.metadata.num_rows != total for file in files):
+            raise SchemaError(f"{', '.join(path for path, _ in shards)}: not equally many rows; score again")
+        size = sum(_size(file, columns) for file, (_, columns) in zip(files, shards, strict=True))
+        rows = min(max(PIECE * total // max(size, 1), 1), MOST_ROWS)
+        pieces = [_pieces(file, columns, rows) for file, (_, columns) in zip(files, shards, strict=True)]
+        for some in zip(*pieces, strict=True):
+            yield list(some)
+
+
+def _pieces(file: pq.ParquetFile, columns: list[str], rows: int) -> Iterator[pa.Table]:
+    """The rows in their order, so many at a time; at the end what is left, or nothing at all where there is no row."""
+    waiting = file.schema_arrow.empty_table().select(columns)
+    for batch in file.iter_batches(rows, columns=columns):
+        waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch]).select(columns)])
+        if waiting.num_rows >= rows:
+            yield waiting.slice(0, rows)
+            waiting = waiting.slice(rows)
+    if waiting.num_rows or not file.metadata.num_rows:
+        yield waiting
+
+
+def _size(file: pq.ParquetFile, columns: list[str]) -> int:
+    """Bytes of the columns before compression."""
+    groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
+    chunks = (group.column(number) for group in groups for number in range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
 
 
 def _encodings(schema: pa.Schema) -> dict[str, object]:
