@@ -29,14 +29,22 @@ class TargetTraining(Parameters):
 
     preconditioner: what stands for the loss's inverse curvature (see scorers.influence.direction). damping: what is
     added to its eigenvalues, over their mean. curvature_documents: of the index, by hash, from which the curvature is
-    estimated. best_of: every target text keeps a row of its own and a document has its highest product, in place of the
+    estimated. share: of the target in trackstar's H; left out, the paper's, by which what all target texts have in common
+    hardly counts; 0 where that is what is looked for, as in a target that stands for a domain. best_of: every target text keeps a row of its own and a document has its highest product, in place of the
     mean.
     """
 
     preconditioner: Preconditioner = "none"
     damping: Annotated[float, Field(gt=0)] = DAMPING
     curvature_documents: Annotated[int, Field(ge=1)] = 1000
+    share: Annotated[float, Field(ge=0, le=1)] | None = None
     best_of: bool = False
+
+    def problems(self) -> list[str]:
+        told = super().problems()
+        if self.share is not None and self.preconditioner != "trackstar":
+            told.append('share: goes with preconditioner = "trackstar", and only with it')
+        return told
 
 
 def train(
@@ -68,6 +76,7 @@ def train(
         damping=training.damping,
         best_of=training.best_of,
         sample=seed,
+        share=training.share,
         transform=scale,
     )
     folder = Path(texts).with_name("out")

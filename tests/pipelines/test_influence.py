@@ -81,6 +81,7 @@ def test_a_target_of_the_lake_is_the_mean_of_its_rows(pool):
 @pytest.mark.parametrize("preconditioner", ["kfac", "ekfac", "trackstar"])
 def test_curvature_of_the_index_s_documents(pool, preconditioner):
     settings = {"preconditioner": preconditioner, "curvature_documents": 40, "damping": 1.0}
+    settings |= {"share": 0.0} if preconditioner == "trackstar" else {}
     plain, curved = {"targets": "x.jsonl"}, {"targets": "x.jsonl", **settings}
     pool.run(recipe(pool, plain=plain, curved=curved))
     scores = np.array(pool.ask("SELECT to_plain.score, to_curved.score FROM corpus ORDER BY doc_id"))
@@ -138,6 +139,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"query": "SELECT url FROM corpus"}, r"models\.aim\.query: gives no column text"),
     ({"targets": "x.jsonl", "damping": 0}, r"models\.aim\.damping: input should be greater than 0"),
     ({"targets": "none.jsonl"}, r"models\.aim\.targets: no file"),
+    ({"targets": "x.jsonl", "share": 0.5}, r"models\.aim\.share: goes with preconditioner"),
 ]  # fmt: skip
 
 
