@@ -29,9 +29,9 @@ class TargetTraining(Parameters):
 
     preconditioner: what stands for the loss's inverse curvature (see scorers.influence.direction). damping: what is
     added to its eigenvalues, over their mean. curvature_documents: of the index, by hash, from which the curvature is
-    estimated. share: of the target in trackstar's H; left out, the paper's, by which what all target texts have in common
-    hardly counts; 0 where that is what is looked for, as in a target that stands for a domain. best_of: every target text keeps a row of its own and a document has its highest product, in place of the
-    mean.
+    estimated. share: of the target in trackstar's H; left out, the paper's, by which what all target texts have in
+    common hardly counts; 0 where that is what is looked for, as in a target that stands for a domain. best_of: every
+    target text keeps a row of its own and a document has its highest product, in place of the mean.
     """
 
     preconditioner: Preconditioner = "none"
