@@ -36,8 +36,8 @@ def correlate(
 
     Raises RecipeError with the field that it begins with.
     """
-    names, models, matrix = _matrix(str(weights.matrix)) if losses is None else _table(losses.remove_column(1))
-    benchmarks, columns, errors = _matrix(str(weights.errors))
+    names, models, matrix = read_matrix(str(weights.matrix)) if losses is None else _table(losses.remove_column(1))
+    benchmarks, columns, errors = read_matrix(str(weights.errors))
     if absent := sorted(weights.benchmarks.keys() - set(benchmarks)):
         raise RecipeError(f"benchmarks: {weights.errors} has no line {absent[0]!r}; it has {', '.join(benchmarks)}")
     if weights.losses and (absent := sorted(set(models) - set(columns))):
@@ -80,7 +80,7 @@ def _held_out(weights: Weights, losses: Array, errors: Array) -> dict[str, Any] 
     return {"r2": found.r2, "mean_loss_r2": found.baseline_r2, "folds": found.folds}
 
 
-def _matrix(path: str) -> Table:
+def read_matrix(path: str) -> Table:
     """A CSV or Parquet file with a column of names and then columns of numbers; empty is NULL."""
     try:
         return _table(pq.read_table(path) if path.endswith(".parquet") else pyarrow.csv.read_csv(path))

@@ -28,7 +28,8 @@ from pipelines.best_first import best_first
 from pipelines.choose import Chosen, Item, chosen, sections, sql
 from pipelines.correlate import correlate
 from pipelines.execute import Resources
-from pipelines.recipe import Mixture
+from pipelines.recipe import Mixture, Weights
+from pipelines.regmix import regress
 from pipelines.run import Counts, Run, wanted
 from scorers.base import digest
 from scorers.domains import repetition
@@ -88,9 +89,13 @@ def weigh(run: Run, name: str) -> Counts:
             if weights.method == "unimax":
                 shares, unspent = weighers.unimax(tokens, weights.budget_tokens or 1, weights.max_epochs or 1.0)
                 record["unspent_tokens"] = round(unspent)
-            if weights.method == "perplexity_correlation":
+            if weights.method in ("perplexity_correlation", "regmix"):
+                seed = run.graph.recipe.seed
                 try:
-                    shares, book, told = correlate(weights, columns[0], tokens, found.losses, run.graph.recipe.seed)
+                    if weights.method == "regmix":
+                        shares, book, told = regress(weights, columns[0], tokens, seed)
+                    else:
+                        shares, book, told = correlate(weights, columns[0], tokens, found.losses, seed)
                 except RecipeError as error:
                     raise RecipeError(*(f"weights.{name}: {problem}" for problem in error.problems)) from None
                 record, estimates = record | told, list(zip(*book, strict=True))
@@ -311,9 +316,7 @@ def made_from(run: Run, name: str) -> str:
     entries = sorted({entry for entry, _ in selected.references if entry}) if selected else []
     mixture = graph.recipe.mixtures.get(name)
     definition = mixture or graph.recipe.weights[name]
-    contents = [
-        digest(path) for path in (getattr(definition, "matrix", None), getattr(definition, "errors", None)) if path
-    ]
+    contents = [digest(path) for path in definition.files.values() if path] if isinstance(definition, Weights) else []
     # `selected` also says which end of a column is good, which a scorer of the user's own may change its mind about.
     parts: list[Any] = [definition.model_dump(mode="json"), graph.recipe.seed, repr(selected), sections(), *contents]
     parts += [wanted(shard.sha256, shard.shard) for shard in run.documents().values()]

@@ -120,7 +120,8 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("losses", "matrix", "errors", "benchmarks", "estimator", "projection", "missing"), ("perplexity_correlation",)
     ),
-    **dict.fromkeys(("budget_tokens", "max_epochs"), ("unimax", "perplexity_correlation")),
+    **dict.fromkeys(("mixtures", "results", "targets", "kl"), ("regmix",)),
+    **dict.fromkeys(("budget_tokens", "max_epochs"), ("unimax", "perplexity_correlation", "regmix")),
 }
 """Which methods a field of [weights.x] goes with; the others go with all."""
 
@@ -131,10 +132,11 @@ class Weights(Selection):
     natural: as available. temperature: share^(1/temperature), renormalised. given: as said in `share`.
     unimax: as even as max_epochs allows, for a budget in tokens.
     perplexity_correlation: most to the groups on which better models have lower losses (scorers.correlation).
+    regmix: the lowest loss, as predicted from small runs on other mixtures (scorers.domains.regmix).
     """
 
     tokens: str = ""
-    method: Literal["natural", "temperature", "given", "unimax", "perplexity_correlation"]
+    method: Literal["natural", "temperature", "given", "unimax", "perplexity_correlation", "regmix"]
     temperature: Annotated[float, Field(gt=0)] | None = None
     share: Mapping[str, Annotated[float, Field(ge=0)]] = {}
     losses: Mapping[str, Name] = {}
@@ -149,11 +151,29 @@ class Weights(Selection):
     projection: Projection = "linear"
     missing: Missing | None = None
     """What to do where a model lacks a group or an error: drop_model, drop_text (the group) or pairwise."""
+    mixtures: FilePath | None = None
+    """CSV or Parquet, a line per run, a column per group: the shares of tokens that the run was trained on."""
+    results: FilePath | None = None
+    """CSV or Parquet, a line per run as `mixtures` calls it, a column per loss; low is good."""
+    targets: tuple[str, ...] = ()
+    """Which columns of `results` count; their mean is to be low."""
+    kl: Annotated[float, Field(ge=0)] = 0.05
+    """What a nat of KL divergence from the natural shares costs, in the unit of the losses (olmix: 0.05)."""
     budget_tokens: Annotated[int, Field(gt=0)] | None = None
     max_epochs: Annotated[float, Field(gt=0)] | None = None
     """A weight is at most max_epochs (1 when left out) times the group's tokens over budget_tokens."""
     factor: Mapping[str, Annotated[float, Field(ge=0)]] = {}
     """Per group what to multiply its weight by, after the method and its caps; groups not named keep theirs."""
+
+    @property
+    def files(self) -> Mapping[str, str | None]:
+        """The files that it reads, by field."""
+        return {
+            "matrix": self.matrix,
+            "errors": self.errors,
+            "mixtures": self.mixtures,
+            "results": self.results,
+        }
 
     def problems(self) -> Iterator[str]:
         if self.method == "temperature" and self.temperature is None:
@@ -175,7 +195,14 @@ class Weights(Selection):
                 yield 'benchmarks: say what to predict, { BENCHMARK = "accuracy" }, or "error", or "perplexity"'
             if self.errors is None:
                 yield "errors: name the file of benchmark results, a line per benchmark and a column per model"
-        for field, path in (("matrix", self.matrix), ("errors", self.errors)):
+        if self.method == "regmix":
+            if self.mixtures is None:
+                yield "mixtures: name the file of mixtures, a line per run and a column per group"
+            if self.results is None:
+                yield "results: name the file of losses, a line per run and a column per loss"
+            if not self.targets:
+                yield 'targets: say which columns of results count, ["COLUMN"]'
+        for field, path in self.files.items():
             if path is not None and not Path(path).is_file():
                 yield f"{field}: no file {path!r}; correct the path"
         if self.share and not sum(self.share.values()):

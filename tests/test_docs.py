@@ -254,6 +254,9 @@ def test_recipes_compile(tmp_path: Path) -> None:
     for name in ("wiki", "code"):
         (tmp_path / "targets" / f"{name}.jsonl").write_text('{"text": "a word"}')
     (models / "results.csv").write_text("benchmark,pythia-70m\n")
+    (tmp_path / "runs").mkdir()
+    for name in ("mixtures", "losses"):
+        (tmp_path / "runs" / f"{name}.csv").write_text("run\n")
     recipes = list(fenced("toml"))
     assert recipes
     sys.path.insert(0, str(tmp_path))
