@@ -8,7 +8,7 @@ All hangs on content and seed alone, so the same texts are learned in the same o
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -129,29 +129,34 @@ def write_curvature(run: Run, learner: Learner, definition: Target, path: Path) 
         columns=f"{index}.gradient, {index}.norm" if definition.preconditioner == "trackstar" else "text",
     )
     with _asked(run, learner, "preconditioner", select) as space:
-        if not _write(space, "FROM asked", path):
+        if not _write(space, "FROM asked", path.with_name("all")):
             raise RecipeError(f"models.{learner.name}.preconditioner: {index} has no gradient of any document")
+    path.with_name("all").rename(path)
 
 
 def _write_labelled(run: Run, learner: Learner, definition: Classifier, seed: int, path: Path) -> None:
     place, aside = f"models.{learner.name}", path.with_name("all")
-    limit = definition.per_label or ALL
     parts: list[Path] = []
+    for field, text, label, source in _labelled(run, learner, definition, seed):
+        with source as space:
+            parts.append(path.with_name(f"part-{len(parts)}.parquet"))
+            _write_part(space, f"{place}.{field}", text, label, parts[-1])
+    relations = {"labelled": f"FROM read_parquet([{', '.join(quote(str(part)) for part in parts)}])"}
+    with run.lake.space(relations, attached=False) as space:
+        limit = definition.per_label or ALL
+        _write(space, LABELLED.format(seed=seed, holdout=definition.holdout, per_label=limit), aside)
+    _check_labels(place, aside)
+    for part in parts:
+        part.unlink()
+    aside.rename(path)
 
-    def keep(space: LakeSpace, what: str, text: str, label: str) -> None:
-        columns = space.read("FROM asked LIMIT 0").schema.names
-        document = "CAST(document AS VARCHAR)" if "document" in columns else "NULL::VARCHAR"
-        select = f"SELECT CAST({label} AS VARCHAR) AS label, {text} AS text, {document} AS document FROM asked"
-        bad = "label IS NULL OR NOT regexp_full_match(label, '[^\\s]+')"
-        wrong = space.read(f"SELECT label FROM ({select}) WHERE {bad} LIMIT 1").read_all().column(0).to_pylist()
-        if wrong:
-            raise RecipeError(f"{place}.{what}: the label {wrong[0]!r} is no word; give every row one, without spaces")
-        parts.append(path.with_name(f"part-{len(parts)}.parquet"))
-        _write(space, f"FROM ({select}) WHERE text <> ''", parts[-1])
 
+def _labelled(
+    run: Run, learner: Learner, definition: Classifier, seed: int
+) -> Iterator[tuple[str, str, str, AbstractContextManager[LakeSpace]]]:
+    """Of all that a classifier learns from: the field, the SQL of a text and of its label, the rows as `asked`."""
     if definition.query is not None:
-        with _asked(run, learner, "query", definition.query) as space:
-            keep(space, "query", "CAST(text AS VARCHAR)", "label")
+        yield "query", "CAST(text AS VARCHAR)", "label", _asked(run, learner, "query", definition.query)
     if definition.weights is not None and learner.labels is not None:
         group, where = learner.labels
         # A group that `given` does not give has no weight; one without an estimate is not known to have none.
@@ -166,31 +171,38 @@ def _write_labelled(run: Run, learner: Learner, definition: Classifier, seed: in
             where=where.sql if where else "true",
             join="LEFT" if method == "given" else "INNER",
             seed=seed,
-            per_label=limit,
+            per_label=definition.per_label or ALL,
         )
-        with _asked(run, learner, "weights", query, {"_groups": groups}) as space:
-            keep(space, "weights", "text", "label")
+        yield "weights", "text", "label", _asked(run, learner, "weights", query, {"_groups": groups})
     for label, file in definition.targets.items():
-        with _file(run, f"{place}.targets.{label}", file) as space:
-            keep(space, f"targets.{label}", "coalesce(prompt, '') || text", quote(label))
+        field = f"targets.{label}"
+        yield field, "coalesce(prompt, '') || text", quote(label), _file(run, f"models.{learner.name}.{field}", file)
 
-    relations = {"labelled": f"FROM read_parquet([{', '.join(quote(str(part)) for part in parts)}])"}
-    with run.lake.space(relations, attached=False) as space:
-        _write(space, LABELLED.format(seed=seed, holdout=definition.holdout, per_label=limit), aside)
-    learned = pq.read_table(aside, columns=["label", "heldout"])
-    labels = learned.column("label").unique().to_pylist()
+
+def _write_part(space: LakeSpace, place: str, text: str, label: str, path: Path) -> None:
+    columns = space.read("FROM asked LIMIT 0").schema.names
+    document = "CAST(document AS VARCHAR)" if "document" in columns else "NULL::VARCHAR"
+    select = f"SELECT CAST({label} AS VARCHAR) AS label, {text} AS text, {document} AS document FROM asked"
+    bad = "label IS NULL OR NOT regexp_full_match(label, '[^\\s]+')"
+    wrong = space.read(f"SELECT label FROM ({select}) WHERE {bad} LIMIT 1").read_all().column(0).to_pylist()
+    if wrong:
+        raise RecipeError(f"{place}: the label {wrong[0]!r} is no word; give every row one, without spaces")
+    _write(space, f"FROM ({select}) WHERE text <> ''", path)
+
+
+def _check_labels(place: str, path: Path) -> None:
+    """RecipeError unless there are two labels with texts to learn."""
+    rows = pq.read_table(path, columns=["label", "heldout"])
+    labels = rows.column("label").unique().to_pylist()
+    if not labels:
+        raise RecipeError(f"{place}: there is nothing to learn, no row has a text; look at its query, weights or files")
     if len(labels) < 2:
         raise RecipeError(
-            f"{place}: {learned.num_rows} texts, and all of them have the label {labels[0]!r}; a classifier needs two"
-            if labels
-            else f"{place}: there is nothing to learn, no row has a text; look at its query, weights or files"
+            f"{place}: {rows.num_rows} texts, and all of them have the label {labels[0]!r}; a classifier needs two"
         )
-    kept = learned.filter(~learned.column("heldout").to_numpy()).column("label").unique().to_pylist()
-    if lost := sorted(set(labels) - set(kept)):
+    learned = rows.filter(~rows.column("heldout").to_numpy()).column("label").unique().to_pylist()
+    if lost := sorted(set(labels) - set(learned)):
         raise RecipeError(f"{place}: all texts labelled {lost[0]!r} are held out; lower holdout, or give more of them")
-    for part in parts:
-        part.unlink()
-    aside.rename(path)
 
 
 def _write(space: LakeSpace, select: str, path: Path) -> int:
