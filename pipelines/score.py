@@ -53,10 +53,16 @@ class Item:
 
 @dataclass(frozen=True)
 class Scored:
-    """The shard that holds every wanted row, new or the one that was there, and how many rows were computed for it."""
+    """The shard that holds every wanted row, new or the one that was there.
+
+    Attributes:
+        computed: how many rows were computed for it.
+        without: how many of them have no value in any column, since it cannot be computed.
+    """
 
     file: ShardFile
     computed: int
+    without: int = 0
 
 
 def score(run: Run, name: str) -> Counts:
@@ -68,12 +74,13 @@ def score(run: Run, name: str) -> Counts:
             return _reduce(run, entry)
         items = todo(run, entry)
         run.progress.begin(name, sum(item.rows for item in items), "documents")
-        computed = 0
+        computed = without = 0
 
         def keep(finished: list[tuple[Item, Scored]]) -> None:
-            nonlocal computed
+            nonlocal computed, without
             run.lake.register([(result.file, item.input) for item, result in finished], also=partial(beside, finished))
             computed += sum(result.computed for _, result in finished)
+            without += sum(result.without for _, result in finished)
 
         def beside(finished: list[tuple[Item, Scored]]) -> None:
             there = {shard: wanted(document.sha256, "") for shard, document in run.documents().items()}
@@ -88,6 +95,7 @@ def score(run: Run, name: str) -> Counts:
     return {
         "documents": sum(shard.rows for shard in documents.values()),
         "computed": computed,
+        **({"without_value": without} if without else {}),
         "shards": len(documents),
         "shards_reused": len(documents) - len(items),
     }
@@ -158,7 +166,8 @@ def _map(graph: Graph, entry: Entry, spec: MapSpec, build: Callable[[], Score], 
     place = np.arange(item.rows) if old is not None else np.zeros(item.rows, dtype=np.int64)
     place[missing] = np.arange(missing.sum()) + (item.rows if old is not None else 0)
     rows = pa.concat_tables(parts).take(pa.array(place, mask=~(have | missing)))
-    return Scored(_write(entry, data, item, ids, have | missing, rows), int(missing.sum()))
+    file = _write(entry, data, item, ids, have | missing, rows)
+    return Scored(file, int(missing.sum()), _without(rows.filter(pa.array(missing))))
 
 
 def scored(build: Callable[[], Score], batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -219,7 +228,16 @@ def _columns(graph: Graph, entry: Entry, spec: ColumnsSpec, score: Score, data: 
     computed = np.concatenate(known) & covered(graph, entry, data, item.paths, item.rows)
     rows = pa.Table.from_batches(scores, pa.schema(list(entry.schema)[2:]))
     shown = rows.take(pa.array(np.arange(item.rows), mask=~computed))
-    return Scored(_write(entry, data, item, ids, computed, shown), int(computed.sum()))
+    file = _write(entry, data, item, ids, computed, shown)
+    return Scored(file, int(computed.sum()), _without(shown.filter(pa.array(computed))))
+
+
+def _without(rows: pa.Table) -> int:
+    """How many rows are NULL in every column."""
+    none = np.ones(rows.num_rows, dtype=bool)
+    for column in rows.columns:
+        none &= column.is_null().to_numpy()
+    return int(none.sum())
 
 
 def _write(

@@ -350,3 +350,12 @@ def test_no_documents_no_scores_no_failure(job):
     done = job.run(job.recipe(scores=scores))
     assert done.counts["n"]["documents"] == done.counts["same"]["rows"] == 0
     assert job.ask("SELECT count(*) FROM corpus") == [(0,)]
+
+
+def test_documents_without_a_value_are_counted(job):
+    job.write("pool/a.jsonl", [{"text": "a", "n": 1.0}, {"text": "b"}, {"text": "c"}])
+    recipe = job.recipe(scores={"n": {"scorer": "planted:Planted", "field": "n"}})
+    assert job.run(recipe).counts["n"] == {
+        "documents": 3, "computed": 3, "without_value": 2, "shards": 1, "shards_reused": 0,
+    }  # fmt: skip
+    assert "without_value" not in job.run(recipe).counts["n"]
