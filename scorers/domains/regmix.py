@@ -228,7 +228,10 @@ def optimum(fitted: Fitted, prior: Array, caps: Array, kl: float, starts: Iterab
     there = (prior > 0) & (caps > 0)
     room = float(caps[there].sum())
     if room < 1.0 - ROUNDING:
-        raise RecipeError(f"the caps sum to {room:.6g}, and weights sum to 1; allow more epochs, or a smaller budget")
+        raise RecipeError(
+            f"the caps sum to {room:.6g}, and weights sum to 1; allow more epochs, a smaller budget, or train runs "
+            "with larger shares of the groups that have more tokens"
+        )
     caps = caps / min(room, 1.0)
 
     def inside(x: Array) -> Array:
