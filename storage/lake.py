@@ -430,7 +430,7 @@ def run_sql(query: str, **relations: pa.Table) -> pa.Table:
         for relation, table in relations.items():
             con.register(relation, table)
         try:
-            return con.execute(query).to_arrow_table()
+            return con.sql(query).to_arrow_table()  # one copy less than execute
         except duckdb.Error as error:
             raise QueryError(str(error).split("\n\nLINE ")[0]) from None  # the SQL around the user's is no help
 
