@@ -33,7 +33,6 @@ from scorers.influence.projection import Projection
 from scorers.influence.reducers import Transform
 from scorers.influence.trackstar import Whitening, blocks, second_moments, whitening
 from scorers.lm.corpus import first_answer_token
-from scorers.lm.tokenizer import load_tokenizer
 from storage.errors import RecipeError
 
 Preconditioner = Literal["none", "kfac", "ekfac", "trackstar"]
@@ -73,17 +72,15 @@ class Direction:
             return cls(file["rows"], white)
 
 
-def answers(model: GradientModel, path: str, pairs: Sequence[tuple[str | None, str]]) -> list[Document | None]:
+def answers(model: GradientModel, pairs: Sequence[tuple[str | None, str]]) -> list[Document | None]:
     """(prompt or None, text) as documents of prompt + text in whose loss the text's tokens count alone.
 
-    `path`: of the model, whose tokenizer says where each token ends; one that reaches beyond the prompt is the text's.
-    None for what the model cannot read, as `model.documents`.
+    A token that reaches beyond the prompt is the text's. None for what the model cannot read, as `model.documents`.
     """
     documents = model.documents([(prompt or "") + text for prompt, text in pairs])
-    tokenizer = load_tokenizer(path)
     for number, ((prompt, text), document) in enumerate(zip(pairs, documents, strict=True)):
         if prompt and document is not None:
-            encoding = tokenizer.encode(prompt + text, add_special_tokens=False)
+            encoding = model.lm.tokenizer.encode(prompt + text, add_special_tokens=False)
             answer = len(encoding) - first_answer_token(encoding, len(prompt))
             targets = np.arange(document.ids.size) >= document.ids.size - answer
             documents[number] = Document(document.ids, targets)

@@ -33,7 +33,7 @@ class Gradients(GradientSpec):
     adam: what Adam would make of a gradient, by the moments that a model of the recipe was trained to with
         keep_moments: "scale" divides by the root of the second (TrackStar), "direction" is its next step (LESS; the
         target's side stays a gradient). Documents then go through the model one by one, and whole gradients are in
-        memory: several times slower.
+        memory, so it is slower.
 
     `gradient` is the unit row, `norm` its length before: |g| but for the projection. Rows of different models, layers,
     projections or seeds do not compare. All three are NULL where the gradient is not finite or no token is predicted

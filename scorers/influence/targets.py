@@ -63,7 +63,7 @@ def train(
     model = index.load(device)
     projection = model.projection(index.projection, seed=index.seed, combine=index.combine)
     pairs = [(row["prompt"], row["text"]) for row in pq.read_table(texts, columns=["prompt", "text"]).to_pylist()]
-    documents = answers(model, index.model, pairs)
+    documents = answers(model, pairs)
     curved = training.preconditioner in ("kfac", "ekfac")
     scale = normalised(moments(model, index.model)[1]) if index.adam == "scale" else None
     found = direction(

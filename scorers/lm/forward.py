@@ -76,8 +76,8 @@ class CausalLM:
     does what the tokenizer itself does with a text. RecipeError when the model cannot be loaded or does not fit these.
 
     `places` and `fed` count, over all calls, the places of the forward passes and those of them that held a token.
-    `model` is transformers' own, `embeddings` its number of input embeddings; `blockwise` says whether its logits are
-    no more than the output embedding applied to its body's hidden states.
+    `model` is transformers' own, `tokenizer` the Rust one, `embeddings` the number of input embeddings; `blockwise`
+    says whether its logits are no more than the output embedding applied to its body's hidden states.
     """
 
     def __init__(
@@ -94,12 +94,12 @@ class CausalLM:
         import torch
 
         tokenizer = load_pretrained(path, remote_code=remote_code)
-        self._tokenizer = tokenizer.backend_tokenizer
+        self.tokenizer = tokenizer.backend_tokenizer
         self.prefix = _prefix(tokenizer, bos)
         self.model = load_model(path, dtype, remote_code=remote_code).to(device).eval()
         self.device = torch.device(device)
         self.embeddings: int = self.model.get_input_embeddings().weight.shape[0]
-        if self._tokenizer.get_vocab_size(with_added_tokens=False) > self.embeddings:
+        if self.tokenizer.get_vocab_size(with_added_tokens=False) > self.embeddings:
             raise RecipeError(
                 f"the tokenizer in {path!r} has more tokens than the model's {self.embeddings}; use the model's own"
             )
@@ -123,7 +123,7 @@ class CausalLM:
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokens | None]:
         """The texts' tokens, which a thread of its own may ask for; None for a string that is no Unicode text."""
-        return read(self._tokenizer, texts, skip_first=not self.prefix)
+        return read(self.tokenizer, texts, skip_first=not self.prefix)
 
     def predict(self, tokens: Sequence[Tokens | None], statistics: Sequence[Statistic] = ()) -> list[Predicted | None]:
         """The predicted tokens of each text; None for no text, and for a token that the model has no embedding for."""

@@ -164,10 +164,10 @@ def test_a_saved_direction_is_the_same(model: GradientModel, tmp_path: Path) -> 
             assert (again.whitening(index) == found.whitening(index)).all()
 
 
-def test_only_an_answers_tokens_count(path: str, model: GradientModel) -> None:
+def test_only_an_answers_tokens_count(model: GradientModel) -> None:
     """The gradient of prompt and answer together is the answer's and the prompt's."""
     pairs = [("Who grinds the barley? ", "the stones"), (None, PROSE), ("to be or ", ""), ("", "x y")]
-    found = answers(model, path, pairs)
+    found = answers(model, pairs)
     together = model.documents([(prompt or "") + text for prompt, text in pairs])
     counted = [model.n_predicted(document) for document in found]
     assert 0 < counted[0] < model.n_predicted(together[0])
