@@ -98,8 +98,11 @@ def _index(recipe: Recipe, entries: Mapping[str, "Entry"], place: str, target: T
     if name not in indexes:
         problems.append(f'{place}.gradients: no entry {name!r} with scorer = "gradients"{nearest(name, indexes)}')
         return set()
-    if target.preconditioner in ("kfac", "ekfac") and getattr(recipe.scores[name].spec, "adam", "none") != "none":
+    adam = getattr(recipe.scores[name].spec, "adam", "none")
+    if target.preconditioner in ("kfac", "ekfac") and adam == "scale":
         problems.append(f"{place}.preconditioner: {name} has Adam's scale already; take none or trackstar")
+    if target.preconditioner != "none" and adam == "direction":
+        problems.append(f"{place}.preconditioner: {name} has Adam's directions, and a target is no such; take none")
     return {name, *entries[name].models}
 
 

@@ -117,6 +117,10 @@ def test_gradients_as_adam_sees_them(pool):
     changed["models"]["scale_x"]["preconditioner"] = "ekfac"
     with pytest.raises(RecipeError, match=r"models\.scale_x\.preconditioner: scale has Adam's scale already"):
         pool.graph(changed)
+    changed["models"]["scale_x"]["preconditioner"] = "none"
+    changed["models"]["direction_x"]["preconditioner"] = "trackstar"
+    with pytest.raises(RecipeError, match="direction has Adam's directions, and a target is no such; take none"):
+        pool.graph(changed)
 
 
 def test_a_model_trained_anew_gives_another_index_and_target(pool):
